@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare several ways to compute one thing: the right answer first, then the time.
+
+A family's benchmark is a list of cases. A `Case` prepares its inputs once; each of its `Contender`s
+prepares its own state from them (an index, packed codes), runs once, and has that answer checked. A
+contender with a wrong answer is reported as wrong and is never timed; one whose package is not
+installed is reported as missing. The others take turns in one process, so that a machine that slows
+down for a while slows everybody down, and ratios are taken within a round before their median is.
+
+The first contender of a case is its subject (ours). `ratio` on another contender says how many
+times longer it took than the subject.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import bandwidth
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).parent.parent
+
+# OpenMP workers spin for some milliseconds after their last loop. A turn starts after this pause,
+# so that no contender is timed beside the spinning threads of the one before it.
+SETTLE_SECONDS = 0.02
+# A turn of a fast call repeats it until it lasts about this long.
+TURN_SECONDS = 0.1
+# Cores that other processes may keep busy before a case counts as disturbed.
+QUIET_CORES = 0.15
+
+Inputs = Any
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    name
+        As shown in the table.
+    prepare
+        inputs -> call. Not timed. ImportError means that the contender is missing here.
+    check
+        (inputs, result of the call) -> None, raising AssertionError where the result is wrong.
+    """
+
+    name: str
+    prepare: Callable[[Inputs], Call]
+    check: Callable[[Inputs, Any], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The subject must be at least `ratio` times as fast as the contender `against`."""
+
+    against: str
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question, answered by several contenders; the first of them is the subject.
+
+    setup
+        (quick, threads) -> inputs, the expected answer among them; `quick` asks for small sizes.
+    work
+        inputs -> amounts of work in one call, as {"pairs": 1e9, "bytes": 1e6}. The table shows the
+        first as a rate, the file all of them.
+    """
+
+    name: str
+    setup: Callable[[bool, int], Inputs]
+    contenders: Sequence[Contender]
+    work: Callable[[Inputs], dict[str, float]]
+    target: Target | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of one contender: status is "ok", "missing", "wrong" or "error"."""
+
+    name: str
+    status: str = "ok"
+    detail: str = ""
+    call: Call | None = None
+    seconds: list[float | None] = field(default_factory=list)
+
+
+def use_threads(count: int) -> None:
+    """Give every library with a thread setting of its own the same number of threads."""
+    import pentad
+
+    pentad.set_num_threads(count)
+    for package, setter in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads")):
+        try:
+            module = __import__(package)
+        except ImportError:
+            continue
+        getattr(module, setter)(count)
+
+
+def admit(contender: Contender, inputs: Inputs) -> Outcome:
+    """Prepare a contender, run it once and check its answer; only an "ok" outcome has a call."""
+    outcome = Outcome(contender.name)
+    try:
+        call = contender.prepare(inputs)
+        contender.check(inputs, call())
+    except ImportError as error:
+        outcome.status, outcome.detail = "missing", str(error)
+    except AssertionError as error:
+        outcome.status, outcome.detail = "wrong", str(error).strip()
+    except Exception as error:
+        outcome.status, outcome.detail = "error", f"{type(error).__name__}: {error}"
+    else:
+        outcome.call = call
+    return outcome
+
+
+def take_turn(call: Call) -> float:
+    """Seconds of one call. A fast one has warmed up by then, and is the mean over the turn."""
+    time.sleep(SETTLE_SECONDS)
+    start = time.perf_counter()
+    call()
+    first = time.perf_counter() - start
+    if first >= TURN_SECONDS:
+        return first
+    repeats = min(round(TURN_SECONDS / max(first, 1e-6)), 10_000)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    outcomes: Sequence[Outcome],
+    rounds: int,
+    budget: float,
+    turn: Callable[[Call], float] = take_turn,
+) -> None:
+    """Let the admitted contenders take turns and append each one's seconds to its outcome.
+
+    Each round starts with the next contender. One that has used up `budget` seconds sits out the
+    rest (its seconds are None in those rounds), so that a slow peer does not cost minutes.
+    """
+    ready = [outcome for outcome in outcomes if outcome.status == "ok"]
+    spent = dict.fromkeys((outcome.name for outcome in ready), 0.0)
+    for number in range(rounds):
+        first = number % max(len(ready), 1)
+        for outcome in ready[first:] + ready[:first]:
+            if spent[outcome.name] > budget:
+                outcome.seconds.append(None)
+                continue
+            start = time.perf_counter()
+            outcome.seconds.append(turn(outcome.call))
+            spent[outcome.name] += time.perf_counter() - start
+
+
+def pairwise_ratio(subject: Sequence[float | None], other: Sequence[float | None]) -> float | None:
+    """Median over rounds of other/subject; None where they never met in a round."""
+    ratios = [b / a for a, b in zip(subject, other, strict=False) if None not in (a, b)]
+    return statistics.median(ratios) if ratios else None
+
+
+def summarise(outcome: Outcome, subject: Outcome, work: dict[str, float]) -> dict[str, Any]:
+    """The record of one contender as it stands in the result file."""
+    record: dict[str, Any] = {"name": outcome.name, "status": outcome.status}
+    if outcome.detail:
+        record["detail"] = outcome.detail
+    seconds = [value for value in outcome.seconds if value is not None]
+    if not seconds:
+        return record
+    median = statistics.median(seconds)
+    record |= {
+        "seconds": outcome.seconds,
+        "rounds": len(seconds),
+        "median_s": median,
+        "min_s": min(seconds),
+        "spread": (max(seconds) - min(seconds)) / median,
+        "per_second": {unit: amount / median for unit, amount in work.items()},
+    }
+    if outcome is not subject:
+        record["ratio"] = pairwise_ratio(subject.seconds, outcome.seconds)
+    return record
+
+
+def judge(target: Target, contenders: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A target and what came of it; `met` is None where there is no ratio to judge."""
+    ratios = {record["name"]: record.get("ratio") for record in contenders}
+    measured = ratios.get(target.against)
+    met = None if measured is None else measured >= target.ratio
+    return {"against": target.against, "ratio": target.ratio, "measured": measured, "met": met}
+
+
+def foreign_cpu_seconds() -> float:
+    """CPU seconds since boot that this process did not use; 0 where the system does not tell.
+
+    A busy neighbour does not slow all contenders alike: OpenMP waits for its last thread at every
+    barrier, and was 4 to 25 times slower beside one busy process on two cores.
+    """
+    try:
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+    except OSError:
+        return 0.0
+    user, nice, system, _idle, _iowait, irq, softirq, steal = ticks
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
+
+
+def run_case(case: Case, quick: bool, threads: int, rounds: int, budget: float) -> dict[str, Any]:
+    """Check, time and summarise one case."""
+    inputs = case.setup(quick, threads)
+    outcomes = [admit(contender, inputs) for contender in case.contenders]
+    start, foreign_before = time.perf_counter(), foreign_cpu_seconds()
+    interleave(outcomes, rounds, budget)
+    foreign = (foreign_cpu_seconds() - foreign_before) / (time.perf_counter() - start)
+    work = case.work(inputs)
+    records = [summarise(outcome, outcomes[0], work) for outcome in outcomes]
+    result = {"name": case.name, "work": work, "foreign_cores": foreign, "contenders": records}
+    if case.target and not quick:
+        result["target"] = judge(case.target, records)
+    return result
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> str:
+    """The CPU as the kernel names it, with family and model where the name is generic."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    name = facts.get("model name", platform.machine())
+    if "cpu family" in facts:
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine_facts(packages: Sequence[str], threads: int, quick: bool) -> dict[str, Any]:
+    """Everything a reader needs to place the figures, and the ceiling they are compared with."""
+    import pentad
+
+    # Results and the figures quoted from them change with every run, the code measured does not.
+    changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "isa": pentad.isa(),
+        "threads": threads,
+        "thread_runtime": pentad.thread_runtime(),
+        "read_gb_s": {
+            str(count): bandwidth.measure(count, quick) for count in sorted({1, threads})
+        },
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("pentad", "numpy", *packages)},
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def format_seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def format_rate(unit: str, per_second: float) -> str:
+    return f"{per_second / 1e9:.3g} G" + ("B/s" if unit == "bytes" else f" {unit}/s")
+
+
+def format_target(target: dict[str, Any]) -> str:
+    verdict = {True: "met", False: "NOT MET", None: "not measured"}[target["met"]]
+    return f">= {target['ratio']:g}x: {verdict}"
+
+
+def contender_row(record: dict[str, Any], target: dict[str, Any] | None) -> list[str]:
+    """name, time, spread, rate, ratio, target: the cells that the terminal and Markdown share."""
+    if "median_s" not in record:
+        return [record["name"], record["status"], "", "", "", ""]
+    unit, rate = next(iter(record["per_second"].items()))
+    ratio = record.get("ratio")
+    return [
+        record["name"],
+        format_seconds(record["median_s"]),
+        f"{record['spread']:.0%}" if record["rounds"] > 1 else "one run",
+        format_rate(unit, rate),
+        "" if ratio is None else f"{ratio:.2f}x",
+        format_target(target) if target and target["against"] == record["name"] else "",
+    ]
+
+
+def title(results: dict[str, Any]) -> str:
+    """One line of facts: what was measured, on what, and how fast that reads memory."""
+    machine = results["machine"]
+    read = ", ".join(f"{rate:.0f} GB/s with {n}" for n, rate in machine["read_gb_s"].items())
+    facts = [machine["cpu"], machine["isa"], f"{machine['threads']} threads", f"reads {read}"]
+    return f"{results['family']}: " + ", ".join(facts)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print the results as one table, and below it why anything has no time."""
+    console.print(title(results), markup=False, highlight=False, soft_wrap=True)
+    if results["quick"]:
+        console.print("quick: small sizes, so targets are not judged and rates mean little")
+    table = Table()
+    table.add_column("case / contender", no_wrap=True)
+    for heading in ("median", "spread", "rate", "time / ours", "target"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    failures = []
+    for case in results["cases"]:
+        table.add_section()
+        table.add_row(f"[bold]{case['name']}")
+        if case["foreign_cores"] > QUIET_CORES:
+            table.add_row(f"  [red]disturbed: others used {case['foreign_cores']:.1f} cores")
+        for record in case["contenders"]:
+            name, *cells = contender_row(record, case.get("target"))
+            table.add_row(f"  {name}", *cells)
+            if record["status"] != "ok":
+                failures.append(
+                    f"{case['name']}: {record['name']} is {record['status']}: {record['detail']}"
+                )
+    console.print(table)
+    for line in failures:
+        console.print(line, markup=False, highlight=False)
+
+
+def main(
+    family: str,
+    cases: Sequence[Case],
+    packages: Sequence[str],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The command line of a family's benchmark; 1 where an answer was wrong or a call failed."""
+    parser = argparse.ArgumentParser(description=f"Benchmark pentad.{family} against its peers.")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
+    parser.add_argument("--only", metavar="CASE", help="only cases whose name contains this")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="where to write the results")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--rounds", type=int, help="default 9, or 2 with --quick")
+    parser.add_argument(
+        "--budget", type=float, default=6.0, help="seconds per contender and case, then it sits out"
+    )
+    options = parser.parse_args(arguments)
+
+    chosen = [case for case in cases if not options.only or options.only in case.name]
+    if not chosen:
+        parser.error(f"no case matches {options.only!r}: " + "; ".join(case.name for case in cases))
+    rounds = options.rounds or (2 if options.quick else 9)
+
+    use_threads(options.threads)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    results = {
+        "family": family,
+        "quick": options.quick,
+        "machine": machine_facts(packages, options.threads, options.quick),
+        "cases": [
+            run_case(case, options.quick, options.threads, rounds, options.budget)
+            for case in track(chosen, "measuring", console=Console(stderr=True), transient=True)
+        ],
+    }
+    show(results, console)
+
+    # A partial or small run never replaces the family's published results unless told where to go.
+    path = options.json
+    if path is None and not options.quick and not options.only:
+        path = RESULTS / f"{family}.json"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        console.print(f"wrote {path}", markup=False, highlight=False)
+
+    statuses = {record["status"] for case in results["cases"] for record in case["contenders"]}
+    return 1 if statuses & {"wrong", "error"} else 0

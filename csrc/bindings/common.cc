@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <atomic>
+
+#include "bindings/tensor_caster.h"
+#include "common/cuda_info.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "common/stream_read.h"
+
+namespace py = pybind11;
+
+namespace pentad {
+
+void bind_common(py::module_& m) {
+  py::register_exception<DeviceMismatch>(m, "DeviceError", PyExc_RuntimeError);
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const TypeMismatch& e) {
+      py::set_error(PyExc_TypeError, e.what());
+    }
+  });
+
+  isa();          // an unusable PENTAD_ISA fails the import, with the reason
+  num_threads();  // registers the fork handler before anything forks
+
+  m.def("isa", [] { return std::string(name(isa())); });
+  m.def("isa_available", [] {
+    std::vector<std::string> names;
+    for (Isa level : isa_available()) names.push_back(name(level));
+    return names;
+  });
+  m.def("set_isa", [](const std::string& level) { set_isa(isa_from_name(level.c_str())); });
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", [](int n) {
+    if (n < 1) throw std::invalid_argument("[set_num_threads] n is " + std::to_string(n) +
+                                           ", expected at least 1");
+    set_num_threads(n);
+  });
+  m.def("thread_runtime", [] { return std::string(thread_runtime()); });
+  m.def("cuda_built", &cuda_built);
+  m.def("cuda_devices", &cuda_devices);
+  // Calls a counter `tasks` times in a parallel region and returns it: for tests of the threads.
+  m.def(
+      "count_tasks",
+      [](int64_t tasks) {
+        std::atomic<int64_t> count{0};
+        parallel_for(tasks, [&](int64_t) { count.fetch_add(1); });
+        return count.load();
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "stream_read",
+      [](const TensorView& data) {
+        expect(data, "stream_read", "data", {DType::u8}, 1);
+        if (data.shape[0] > 1 && data.strides[0] != 1)
+          bad_value("stream_read", "data is not contiguous");
+        return stream_read(static_cast<const uint8_t*>(data.data), data.shape[0]);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace pentad

@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks arguments and hands views to the kernels. Outputs are allocated by the caller. Everything
+// that could make a kernel read or write out of bounds is refused here, whoever calls.
+#include "hamming/hamming.h"
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "bindings/tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace pentad {
+namespace {
+
+using namespace hamming;
+using Optional = std::optional<TensorView>;
+
+Metric metric_from(const std::string& text, const char* op) {
+  if (text == "hamming") return Metric::hamming;
+  if (text == "jaccard") return Metric::jaccard;
+  if (text == "and") return Metric::intersection;
+  bad_value(op, "metric is '" + text + "', expected 'hamming', 'jaccard' or 'and'");
+}
+
+DType value_type(Metric metric) { return metric == Metric::jaccard ? DType::f32 : DType::i32; }
+
+void check_bytes(int64_t bytes, const char* op) {
+  if (bytes < 1 || bytes > kMaxBytes)
+    bad_value(op, "codes have " + std::to_string(bytes) + " bytes per row, expected 1 to " +
+                      std::to_string(kMaxBytes));
+}
+
+Matrix<const uint8_t> codes_of(const TensorView& view, const char* op, const char* name) {
+  expect(view, op, name, {DType::u8}, 2);
+  return matrix<const uint8_t>(view);
+}
+
+// (n) of a contiguous 1-D argument.
+template <class T>
+const T* column(const Optional& view, const char* op, const char* name, DType dtype, int64_t n) {
+  if (!view) return nullptr;
+  expect(*view, op, name, {dtype}, 1);
+  if (view->shape[0] != n)
+    bad_value(op, std::string(name) + " has " + std::to_string(view->shape[0]) +
+                      " entries, expected " + std::to_string(n));
+  if (n > 1 && view->strides[0] != 1) bad_value(op, std::string(name) + " is not contiguous");
+  return static_cast<const T*>(view->data);
+}
+
+// uint16 (blocks, words, 32), contiguous, with room for `rows`.
+Blocks blocks_of(const TensorView& view, int64_t rows, const char* op) {
+  expect(view, op, "blocks", {DType::u16}, 3);
+  if (view.shape[2] != kBlockRows || view.shape[1] % 4 || view.strides[2] != 1 ||
+      view.strides[1] != kBlockRows ||
+      (view.shape[0] > 1 && view.strides[0] != view.shape[1] * kBlockRows))
+    bad_value(op, "blocks have shape " + shape_text(view) + ", expected contiguous (n, 4 m, 32)");
+  if (rows < 0 || rows > view.shape[0] * kBlockRows)
+    bad_value(op, "rows is " + std::to_string(rows) + ", more than the blocks hold");
+  return {static_cast<const uint16_t*>(view.data), nullptr, rows, view.shape[1]};
+}
+
+// Row-major uint8 codes (n, bytes), or blocks with `rows` valid rows. `bytes` is the queries' width.
+Database database_of(const TensorView& view, int64_t rows, const Optional& ones,
+                     const Optional& mask, const Optional& ids, int64_t bytes, Metric metric,
+                     const char* op) {
+  Database database;
+  if (view.rank == 3) {
+    database.blocks = blocks_of(view, rows, op);
+    if (words_for(bytes) != database.blocks.words)
+      bad_value(op, "queries have " + std::to_string(bytes) + " bytes per row but blocks have " +
+                        std::to_string(database.blocks.words * 2));
+    database.blocks.ones = column<uint16_t>(ones, op, "ones", DType::u16, rows);
+    if (metric == Metric::jaccard && !database.blocks.ones) bad_value(op, "jaccard needs ones");
+    // An empty block array has no address, which would read as "row-major".
+    static const uint16_t nothing = 0;
+    if (!database.blocks.data) database.blocks.data = &nothing;
+  } else {
+    database.codes = codes_of(view, op, "codes");
+    if (database.codes.cols != bytes)
+      bad_value(op, "queries have " + std::to_string(bytes) + " bytes per row but codes have " +
+                        std::to_string(database.codes.cols));
+  }
+  check_bytes(bytes, op);
+  database.mask = column<uint8_t>(mask, op, "mask", DType::boolean, database.rows());
+  database.ids = column<int64_t>(ids, op, "ids", DType::i64, database.rows());
+  return database;
+}
+
+Ranges ranges_of(const Optional& offsets, const Optional& begin, const Optional& end, int64_t nq,
+                 const Database& database, const char* op) {
+  Ranges ranges;
+  ranges.offsets = column<int64_t>(offsets, op, "offsets", DType::i64, nq + 1);
+  if (!ranges.offsets || !begin || !end || begin->rank != 1) bad_value(op, "incomplete ranges");
+  const int64_t count = begin->shape[0];
+  ranges.begin = column<int64_t>(begin, op, "begin", DType::i64, count);
+  ranges.end = column<int64_t>(end, op, "end", DType::i64, count);
+  bool fine = ranges.offsets[0] == 0 && ranges.offsets[nq] == count;
+  for (int64_t q = 0; q < nq; ++q) fine = fine && ranges.offsets[q] <= ranges.offsets[q + 1];
+  for (int64_t i = 0; i < count; ++i)
+    fine = fine && ranges.begin[i] >= 0 && ranges.begin[i] % kBlockRows == 0 &&
+           ranges.begin[i] <= ranges.end[i] && ranges.end[i] <= database.rows();
+  if (!fine) bad_value(op, "ranges are out of order or out of bounds");
+  return ranges;
+}
+
+void check_positions(const int64_t* positions, int64_t count, int64_t rows, int64_t lowest,
+                     const char* op, const char* name) {
+  for (int64_t i = 0; i < count; ++i)
+    if (positions[i] < lowest || positions[i] >= rows)
+      bad_value(op, std::string(name) + " holds " + std::to_string(positions[i]) + ", but there are " +
+                        std::to_string(rows) + " rows");
+}
+
+// Offsets, in elements, of the rows that the last dimension's vectors form.
+std::vector<int64_t> row_offsets(const TensorView& view) {
+  std::vector<int64_t> offsets{0};
+  for (int d = 0; d + 1 < view.rank; ++d) {
+    std::vector<int64_t> next;
+    next.reserve(offsets.size() * view.shape[d]);
+    for (int64_t offset : offsets)
+      for (int64_t i = 0; i < view.shape[d]; ++i) next.push_back(offset + i * view.strides[d]);
+    offsets.swap(next);
+  }
+  return offsets;
+}
+
+Rows rows_of(const TensorView& view, const std::vector<int64_t>& offsets) {
+  const int last = view.rank - 1;
+  return {view.data, view.dtype, offsets.data(), static_cast<int64_t>(offsets.size()),
+          view.shape[last], view.strides[last]};
+}
+
+// An output of the input's leading shape and `last` elements per row.
+void expect_rows(const TensorView& out, const TensorView& in, int64_t last, DType dtype,
+                 const char* op) {
+  expect(out, op, "out", {dtype}, in.rank);
+  if (out.read_only) bad_value(op, "out is read-only");
+  int64_t contiguous = 1;
+  for (int i = out.rank - 1; i >= 0; --i) {
+    const int64_t want = i == out.rank - 1 ? last : in.shape[i];
+    if (out.shape[i] != want || (want > 1 && out.strides[i] != contiguous))
+      bad_value(op, "out has shape " + shape_text(out) + " or strides that do not fit");
+    contiguous *= want;
+  }
+}
+
+void py_pack(const TensorView& x, double threshold, const TensorView& out) {
+  constexpr const char* op = "hamming.pack";
+  expect(x, op, "x", {DType::f32, DType::f16, DType::bf16, DType::f64, DType::i8, DType::boolean},
+         -1);
+  if (x.rank < 1) bad_value(op, "x has no dimension to pack");
+  expect_rows(out, x, (x.shape[x.rank - 1] + 7) / 8, DType::u8, op);
+  const std::vector<int64_t> offsets = row_offsets(x);
+  if (!pack(rows_of(x, offsets), threshold, static_cast<uint8_t*>(out.data)))
+    bad_value(op, "x contains NaN, which is neither above nor below the threshold");
+}
+
+void py_unpack(const TensorView& codes, int64_t dim, const TensorView& out) {
+  constexpr const char* op = "hamming.unpack";
+  expect(codes, op, "codes", {DType::u8}, -1);
+  if (codes.rank < 1 || dim < 0 || codes.shape[codes.rank - 1] != (dim + 7) / 8)
+    bad_value(op, "codes have shape " + shape_text(codes) + ", which is not dim " +
+                      std::to_string(dim));
+  expect(out, op, "out", {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8}, -1);
+  expect_rows(out, codes, dim, out.dtype, op);
+  const std::vector<int64_t> offsets = row_offsets(codes);
+  unpack(rows_of(codes, offsets), dim, out.dtype, out.data);
+}
+
+void py_permute(const TensorView& codes, int64_t dim, int64_t shift, const TensorView& out) {
+  constexpr const char* op = "hamming.permute";
+  expect(codes, op, "codes", {DType::u8}, -1);
+  if (codes.rank < 1 || dim < 0 || codes.shape[codes.rank - 1] != (dim + 7) / 8)
+    bad_value(op, "codes have shape " + shape_text(codes) + ", which is not dim " +
+                      std::to_string(dim));
+  expect_rows(out, codes, (dim + 7) / 8, DType::u8, op);
+  const std::vector<int64_t> offsets = row_offsets(codes);
+  permute(rows_of(codes, offsets), dim, shift, static_cast<uint8_t*>(out.data));
+}
+
+void py_distance(const TensorView& a, const TensorView& b, const std::string& metric_name,
+                 const TensorView& out) {
+  constexpr const char* op = "hamming.distance";
+  const Metric metric = metric_from(metric_name, op);
+  const Matrix<const uint8_t> left = codes_of(a, op, "a"), right = codes_of(b, op, "b");
+  if (left.cols != right.cols)
+    bad_value(op, "a has " + std::to_string(left.cols) + " bytes per row but b has " +
+                      std::to_string(right.cols));
+  check_bytes(left.cols, op);
+  expect_output(out, op, "out", value_type(metric), {left.rows, right.rows});
+  distance(left, right, metric, out.data);
+}
+
+void py_topk(const TensorView& queries, const TensorView& database_view, int64_t rows,
+             const Optional& ones, const Optional& mask, const Optional& ids,
+             const Optional& offsets, const Optional& begin, const Optional& end,
+             const std::string& metric_name, const TensorView& values, const TensorView& out_ids) {
+  constexpr const char* op = "hamming.topk";
+  const Metric metric = metric_from(metric_name, op);
+  const Matrix<const uint8_t> q = codes_of(queries, op, "queries");
+  const Database database =
+      database_of(database_view, rows, ones, mask, ids, q.cols, metric, op);
+  const int64_t k = values.rank == 2 ? values.shape[1] : 0;
+  expect_output(values, op, "values", value_type(metric), {q.rows, k});
+  expect_output(out_ids, op, "ids", DType::i64, {q.rows, k});
+  int64_t* found = static_cast<int64_t*>(out_ids.data);
+  if (!offsets) return topk(q, database, metric, k, values.data, found);
+  topk_ranges(q, database, ranges_of(offsets, begin, end, q.rows, database, op), metric, k,
+              values.data, found);
+}
+
+std::unique_ptr<RangeResult> py_range(const TensorView& queries, const TensorView& database_view,
+                                      int64_t rows, const Optional& ones, const Optional& mask,
+                                      const Optional& ids, const Optional& offsets,
+                                      const Optional& begin, const Optional& end,
+                                      const std::string& metric_name, double radius) {
+  constexpr const char* op = "hamming.range_search";
+  const Metric metric = metric_from(metric_name, op);
+  const Matrix<const uint8_t> q = codes_of(queries, op, "queries");
+  const Database database =
+      database_of(database_view, rows, ones, mask, ids, q.cols, metric, op);
+  if (!offsets) return std::make_unique<RangeResult>(q, database, metric, radius);
+  return std::make_unique<RangeResult>(q, database,
+                                       ranges_of(offsets, begin, end, q.rows, database, op), metric,
+                                       radius);
+}
+
+Matrix<const float> floats_of(const TensorView& x, const char* op) {
+  expect(x, op, "x", {DType::f32}, 2);
+  return matrix<const float>(x);
+}
+
+void py_score(const TensorView& x, const TensorView& codes, const TensorView& out) {
+  constexpr const char* op = "hamming.score";
+  const Matrix<const float> queries = floats_of(x, op);
+  const Matrix<const uint8_t> c = codes_of(codes, op, "codes");
+  if (queries.cols < 1 || c.cols != (queries.cols + 7) / 8)
+    bad_value(op, "codes have " + std::to_string(c.cols) + " bytes per row, which is not dim " +
+                      std::to_string(queries.cols));
+  expect_output(out, op, "out", DType::f32, {queries.rows, c.rows});
+  score(queries, c, static_cast<float*>(out.data));
+}
+
+void py_topk_score(const TensorView& x, const TensorView& database_view, int64_t rows,
+                   const Optional& mask, const Optional& ids, const TensorView& values,
+                   const TensorView& out_ids) {
+  constexpr const char* op = "hamming.topk_score";
+  const Matrix<const float> queries = floats_of(x, op);
+  if (queries.cols < 1) bad_value(op, "x has no columns");
+  const Database database = database_of(database_view, rows, std::nullopt, mask, ids,
+                                        (queries.cols + 7) / 8, Metric::hamming, op);
+  for (int64_t i = 0; i < queries.rows; ++i)
+    for (int64_t j = 0; j < queries.cols; ++j)
+      if (!std::isfinite(queries.row(i)[j * queries.col_stride]))
+        bad_value(op, "row " + std::to_string(i) + " of x holds a NaN or an infinity");
+  const int64_t k = values.rank == 2 ? values.shape[1] : 0;
+  expect_output(values, op, "values", DType::f32, {queries.rows, k});
+  expect_output(out_ids, op, "ids", DType::i64, {queries.rows, k});
+  topk_score(queries, database, k, static_cast<float*>(values.data),
+             static_cast<int64_t*>(out_ids.data));
+}
+
+void py_weighted_sum(const TensorView& weights, const TensorView& codes, int64_t dim,
+                     const TensorView& out) {
+  constexpr const char* op = "hamming.weighted_sum";
+  expect(weights, op, "weights", {DType::f32}, 3);
+  expect(codes, op, "codes", {DType::u8}, 3);
+  if (weights.shape[0] != codes.shape[0] || weights.shape[2] != codes.shape[1])
+    bad_value(op, "weights have shape " + shape_text(weights) + " but codes have " +
+                      shape_text(codes));
+  if (dim < 1 || codes.shape[2] != (dim + 7) / 8)
+    bad_value(op, "codes have " + std::to_string(codes.shape[2]) +
+                      " bytes per row, which is not dim " + std::to_string(dim));
+  expect_output(out, op, "out", DType::f32, {weights.shape[0], weights.shape[1], dim});
+  WeightedSum in;
+  in.weights = static_cast<const float*>(weights.data);
+  in.codes = static_cast<const uint8_t*>(codes.data);
+  for (int i = 0; i < 3; ++i) {
+    in.weight_strides[i] = weights.strides[i];
+    in.code_strides[i] = codes.strides[i];
+  }
+  in.batch = weights.shape[0];
+  in.nq = weights.shape[1];
+  in.n = weights.shape[2];
+  in.dim = dim;
+  weighted_sum(in, static_cast<float*>(out.data));
+}
+
+void py_to_blocks(const TensorView& codes, int64_t first, const TensorView& blocks,
+                  const Optional& ones) {
+  constexpr const char* op = "hamming.to_blocks";
+  const Matrix<const uint8_t> c = codes_of(codes, op, "codes");
+  const Blocks target = blocks_of(blocks, 0, op);
+  if (blocks.read_only) bad_value(op, "blocks are read-only");
+  if (words_for(c.cols) != target.words) bad_value(op, "codes do not fit the blocks");
+  if (first < 0 || first + c.rows > blocks.shape[0] * kBlockRows)
+    bad_value(op, "the blocks have no room for these rows");
+  uint16_t* counts = nullptr;
+  if (ones) {
+    expect_output(*ones, op, "ones", DType::u16, {ones->rank == 1 ? ones->shape[0] : 0});
+    if (ones->shape[0] < first + c.rows) bad_value(op, "ones is too short");
+    counts = static_cast<uint16_t*>(ones->data);
+  }
+  to_blocks(c, static_cast<uint16_t*>(blocks.data), counts, first, target.words);
+}
+
+void py_from_blocks(const TensorView& blocks, int64_t rows, const TensorView& positions,
+                    const TensorView& out) {
+  constexpr const char* op = "hamming.from_blocks";
+  const Blocks source = blocks_of(blocks, rows, op);
+  expect(positions, op, "positions", {DType::i64}, 1);
+  const int64_t count = positions.shape[0];
+  const int64_t* p = column<int64_t>(positions, op, "positions", DType::i64, count);
+  check_positions(p, count, rows, 0, op, "positions");
+  const int64_t bytes = out.rank == 2 ? out.shape[1] : 0;
+  expect_output(out, op, "out", DType::u8, {count, bytes});
+  if (words_for(bytes) != source.words) bad_value(op, "out does not fit the blocks");
+  from_blocks(source, p, count, matrix<uint8_t>(out));
+}
+
+const int64_t* candidates_of(const TensorView& candidates, int64_t nq, int64_t rows,
+                             const char* op) {
+  expect(candidates, op, "candidates", {DType::i64}, 2);
+  const int64_t c = candidates.shape[1];
+  if (candidates.shape[0] != nq || (c > 1 && candidates.strides[1] != 1) ||
+      (nq > 1 && candidates.strides[0] != c))
+    bad_value(op, "candidates have shape " + shape_text(candidates) + ", expected contiguous (" +
+                      std::to_string(nq) + ", c)");
+  const int64_t* p = static_cast<const int64_t*>(candidates.data);
+  check_positions(p, nq * c, rows, std::numeric_limits<int64_t>::min(), op, "candidates");
+  return p;
+}
+
+void py_score_candidates(const TensorView& x, const TensorView& blocks, int64_t rows,
+                         const TensorView& candidates, const TensorView& out) {
+  constexpr const char* op = "hamming.score_candidates";
+  const Matrix<const float> queries = floats_of(x, op);
+  const Blocks source = blocks_of(blocks, rows, op);
+  if (words_for((queries.cols + 7) / 8) != source.words) bad_value(op, "x does not fit the blocks");
+  const int64_t* p = candidates_of(candidates, queries.rows, rows, op);
+  expect_output(out, op, "out", DType::f32, {queries.rows, candidates.shape[1]});
+  score_candidates(queries, source, p, candidates.shape[1], static_cast<float*>(out.data));
+}
+
+void py_dot_candidates(const TensorView& x, const TensorView& vectors, const Optional& scale,
+                       const TensorView& candidates, const TensorView& out) {
+  constexpr const char* op = "hamming.dot_candidates";
+  const Matrix<const float> queries = floats_of(x, op);
+  expect(vectors, op, "vectors", {DType::i8, DType::f16}, 2);
+  const int64_t rows = vectors.shape[0], dim = vectors.shape[1];
+  if (dim != queries.cols || (dim > 1 && vectors.strides[1] != 1) ||
+      (rows > 1 && vectors.strides[0] != dim))
+    bad_value(op, "vectors have shape " + shape_text(vectors) + ", expected contiguous (n, " +
+                      std::to_string(queries.cols) + ")");
+  const float* scales = column<float>(scale, op, "scale", DType::f32, rows);
+  if (vectors.dtype == DType::i8 && !scales) bad_value(op, "int8 vectors need a scale");
+  const int64_t* p = candidates_of(candidates, queries.rows, rows, op);
+  expect_output(out, op, "out", DType::f32, {queries.rows, candidates.shape[1]});
+  dot_candidates(queries, vectors.data, vectors.dtype, scales, p, candidates.shape[1],
+                 static_cast<float*>(out.data));
+}
+
+}  // namespace
+
+void bind_hamming(py::module_& m) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.attr("hamming_block_rows") = kBlockRows;
+  m.attr("hamming_max_bytes") = kMaxBytes;
+  m.def("hamming_words", [](int64_t bytes) { return words_for(bytes); });
+
+  m.def("hamming_pack", &py_pack, release);
+  m.def("hamming_unpack", &py_unpack, release);
+  m.def("hamming_permute", &py_permute, release);
+  m.def("hamming_distance", &py_distance, release);
+  m.def("hamming_topk", &py_topk, release);
+  m.def("hamming_range", &py_range, release);
+  m.def("hamming_score", &py_score, release);
+  m.def("hamming_topk_score", &py_topk_score, release);
+  m.def("hamming_weighted_sum", &py_weighted_sum, release);
+  m.def("hamming_to_blocks", &py_to_blocks, release);
+  m.def("hamming_from_blocks", &py_from_blocks, release);
+  m.def("hamming_score_candidates", &py_score_candidates, release);
+  m.def("hamming_dot_candidates", &py_dot_candidates, release);
+
+  py::class_<RangeResult>(m, "HammingRange")
+      .def_property_readonly("total", &RangeResult::total)
+      .def("write", [](const RangeResult& result, const TensorView& indptr,
+                       const TensorView& values, const TensorView& ids) {
+        constexpr const char* op = "hamming.range_search";
+        expect_output(indptr, op, "indptr", DType::i64, {result.queries() + 1});
+        expect_output(values, op, "values", value_type(result.metric()), {result.total()});
+        expect_output(ids, op, "ids", DType::i64, {result.total()});
+        result.write(static_cast<int64_t*>(indptr.data), values.data,
+                     static_cast<int64_t*>(ids.data));
+      });
+}
+
+}  // namespace pentad

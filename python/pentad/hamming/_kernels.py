@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocate outputs and call the native kernels; for numpy arrays and CPU tensors alike.
+
+These are what the functions call for numpy and what the dispatcher calls for torch. Arguments have
+been checked by the functions; the extension checks again whatever could harm memory.
+"""
+
+from pentad import _C
+from pentad._arrays import empty_like
+
+
+def value_dtype(metric: str) -> str:
+    return "float32" if metric == "jaccard" else "int32"
+
+
+def pack(x, threshold):
+    out = empty_like(x, (*x.shape[:-1], -(-x.shape[-1] // 8)), "uint8")
+    _C.hamming_pack(x, threshold, out)
+    return out
+
+
+def unpack(codes, dim, dtype):
+    out = empty_like(codes, (*codes.shape[:-1], dim), str(dtype).removeprefix("torch."))
+    _C.hamming_unpack(codes, dim, out)
+    return out
+
+
+def permute(codes, dim, shift):
+    out = empty_like(codes, codes.shape, "uint8")
+    _C.hamming_permute(codes, dim, shift, out)
+    return out
+
+
+def distance(a, b, metric):
+    out = empty_like(a, (a.shape[0], b.shape[0]), value_dtype(metric))
+    _C.hamming_distance(a, b, metric, out)
+    return out
+
+
+def topk(queries, codes, k, metric, mask):
+    shape = (queries.shape[0], k)
+    values, ids = (
+        empty_like(queries, shape, value_dtype(metric)),
+        empty_like(queries, shape, "int64"),
+    )
+    _C.hamming_topk(queries, codes, -1, None, mask, None, None, None, None, metric, values, ids)
+    return values, ids
+
+
+def range_search(queries, codes, radius, metric, mask):
+    found = _C.hamming_range(queries, codes, -1, None, mask, None, None, None, None, metric, radius)
+    return write_range(queries, found, metric)
+
+
+def write_range(like, found, metric):
+    indptr = empty_like(like, (like.shape[0] + 1,), "int64")
+    values = empty_like(like, (found.total,), value_dtype(metric))
+    ids = empty_like(like, (found.total,), "int64")
+    found.write(indptr, values, ids)
+    return indptr, values, ids
+
+
+def score(x, codes):
+    out = empty_like(x, (x.shape[0], codes.shape[0]), "float32")
+    _C.hamming_score(x, codes, out)
+    return out
+
+
+def topk_score(x, codes, k, mask):
+    shape = (x.shape[0], k)
+    values, ids = empty_like(x, shape, "float32"), empty_like(x, shape, "int64")
+    _C.hamming_topk_score(x, codes, -1, mask, None, values, ids)
+    return values, ids
+
+
+def weighted_sum(weights, codes, dim):
+    out = empty_like(weights, (weights.shape[0], weights.shape[1], dim), "float32")
+    _C.hamming_weighted_sum(weights, codes, dim, out)
+    return out

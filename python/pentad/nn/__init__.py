@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules of all families under one name. Importing this imports torch."""
+
+from pentad.hamming.modules import Binarize, BinaryMemory
+
+__all__ = ["Binarize", "BinaryMemory"]

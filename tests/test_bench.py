@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark harness: who runs when, what is timed, and how figures reach the README."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rich")
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bench_on_path():
+    sys.path.insert(0, str(BENCH))
+    yield
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def harness():
+    return importlib.import_module("harness")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return importlib.import_module("report")
+
+
+@pytest.fixture
+def no_pauses(harness, monkeypatch):
+    monkeypatch.setattr(harness, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(harness, "TURN_SECONDS", 0.0)
+
+
+def equals(expected):
+    def check(inputs, result):
+        assert result == expected, f"{result} is not {expected}"
+
+    return check
+
+
+def returning(value):
+    return lambda inputs: lambda: value
+
+
+def raising(error):
+    def prepare(inputs):
+        raise error
+
+    return prepare
+
+
+def case_of(harness, *contenders, target=None):
+    return harness.Case(
+        "a case", lambda quick, threads: None, contenders, lambda inputs: {"pairs": 1e6}, target
+    )
+
+
+def admitted(harness, *names):
+    """Outcomes whose calls are their names, for a turn that knows what to do with them."""
+    return [harness.Outcome(name, call=name) for name in names]
+
+
+def scripted(script, order):
+    """A turn that notes who ran and answers with the next of that contender's seconds."""
+    script = {name: iter(seconds) for name, seconds in script.items()}
+
+    def turn(name):
+        order.append(name)
+        return next(script[name])
+
+    return turn
+
+
+def test_rounds_start_with_the_next_contender(harness):
+    outcomes, order = admitted(harness, "a", "b", "c"), []
+    turn = scripted({name: [1.0] * 3 for name in "abc"}, order)
+    harness.interleave(outcomes, rounds=3, budget=60, turn=turn)
+    assert "".join(order) == "abc" + "bca" + "cab"
+    assert [outcome.seconds for outcome in outcomes] == [[1.0] * 3] * 3
+
+
+def test_a_contender_over_budget_sits_out(harness):
+    outcomes, order = admitted(harness, "a", "b"), []
+    turn = scripted({name: [1.0] * 3 for name in "ab"}, order)
+    harness.interleave(outcomes, rounds=3, budget=0, turn=turn)
+    assert "".join(order) == "ab"
+    assert outcomes[0].seconds == [1.0, None, None]
+
+
+def test_ratio_is_taken_within_rounds(harness):
+    # The machine is 10 times slower in the second round: medians of each side would say 2 / 1.
+    assert harness.pairwise_ratio([1.0, 10.0, 1.0], [3.0, 30.0, 2.0]) == 3.0
+    assert harness.pairwise_ratio([1.0, 2.0], [4.0, None]) == 4.0
+    assert harness.pairwise_ratio([], [1.0]) is None
+    assert harness.pairwise_ratio([None, 1.0], [1.0, None]) is None
+
+
+def test_only_fast_calls_repeat_within_a_turn(harness, monkeypatch):
+    now = [0.0]
+    calls = []
+
+    def call_lasting(seconds):
+        def call():
+            calls.append(seconds)
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(harness.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(harness, "TURN_SECONDS", 0.1)
+    assert harness.take_turn(call_lasting(0.01)) == pytest.approx(0.01)
+    assert len(calls) == 1 + 10  # one to warm up
+    calls.clear()
+    assert harness.take_turn(call_lasting(2.0)) == 2.0
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_only_right_answers_are_timed(harness):
+    case = case_of(
+        harness,
+        harness.Contender("right", returning(1), equals(1)),
+        harness.Contender("wrong", returning(2), equals(1)),
+        harness.Contender("missing", raising(ImportError("no module")), equals(1)),
+        harness.Contender("broken", raising(RuntimeError("no memory")), equals(1)),
+        target=harness.Target("wrong", 2.0),
+    )
+    result = harness.run_case(case, quick=False, threads=1, rounds=3, budget=60)
+    right, wrong, missing, broken = result["contenders"]
+    assert right["status"] == "ok"
+    assert right["rounds"] == 3
+    assert right["min_s"] <= right["median_s"]
+    assert right["per_second"]["pairs"] == pytest.approx(1e6 / right["median_s"])
+    assert (wrong["status"], wrong["detail"]) == ("wrong", "2 is not 1\nassert 2 == 1")
+    assert (missing["status"], missing["detail"]) == ("missing", "no module")
+    assert (broken["status"], broken["detail"]) == ("error", "RuntimeError: no memory")
+    assert not any("median_s" in record for record in (wrong, missing, broken))
+    assert result["target"] == {"against": "wrong", "ratio": 2.0, "measured": None, "met": None}
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_wrong_subject_leaves_its_peers_timed_without_ratio(harness):
+    case = case_of(
+        harness,
+        harness.Contender("ours", returning(2), equals(1)),
+        harness.Contender("peer", returning(1), equals(1)),
+    )
+    ours, peer = harness.run_case(case, False, 1, 2, 60)["contenders"]
+    assert ours["status"] == "wrong"
+    assert peer["rounds"] == 2
+    assert peer["ratio"] is None
+
+
+@pytest.mark.parametrize(("measured", "met"), [(5.1, True), (5.0, True), (4.9, False)])
+def test_targets_are_judged(harness, measured, met):
+    records = [{"name": "ours"}, {"name": "peer", "ratio": measured}]
+    assert harness.judge(harness.Target("peer", 5.0), records)["met"] is met
+
+
+MACHINE = {
+    "cpu": "a CPU",
+    "cores": 2,
+    "isa": "v3",
+    "threads": 2,
+    "thread_runtime": "own pool",
+    "read_gb_s": {"1": 20.0, "2": 30.0},
+    "python": "3.12.0",
+    "versions": {"pentad": "0.1.0", "peer": None},
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "date": "2026-01-02",
+}
+
+
+@pytest.fixture
+def run_main(harness, monkeypatch, tmp_path):
+    """Run a family's command line with a subject and a peer of the given answers, both due 1."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "use_threads", lambda count: None)
+    monkeypatch.setattr(harness, "machine_facts", lambda *_: MACHINE)
+
+    def run(*arguments, ours=1, peer=1):
+        case = case_of(
+            harness,
+            harness.Contender("ours", returning(ours), equals(1)),
+            harness.Contender("peer", returning(peer), equals(1)),
+            harness.Contender("absent", raising(ImportError("no module")), equals(1)),
+            target=harness.Target("peer", 1e-9),
+        )
+        return harness.main("family", [case], ["peer"], arguments)
+
+    return run
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_full_runs_write_the_family_results(run_main, tmp_path, capsys):
+    assert run_main() == 0
+    results = json.loads((tmp_path / "family.json").read_text())
+    assert set(results) == {"family", "quick", "machine", "cases"}
+    (case,) = results["cases"]
+    assert set(case) == {"name", "work", "foreign_cores", "contenders", "target"}
+    ours, peer, absent = case["contenders"]
+    timed = {"name", "status", "seconds", "rounds", "median_s", "min_s", "spread", "per_second"}
+    assert set(ours) == timed
+    assert set(peer) == timed | {"ratio"}
+    assert absent == {"name": "absent", "status": "missing", "detail": "no module"}
+    assert case["target"]["met"] is True
+    printed = capsys.readouterr().out
+    assert ">= 1e-09x: met" in printed
+    assert "absent is missing: no module" in printed
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_small_and_partial_runs_publish_nothing(run_main, tmp_path):
+    run_main("--quick")
+    run_main("--only", "case")
+    assert list(tmp_path.iterdir()) == []
+    run_main("--quick", "--json", str(tmp_path / "here" / "quick.json"))
+    results = json.loads((tmp_path / "here" / "quick.json").read_text())
+    assert results["quick"]
+    assert "target" not in results["cases"][0]
+    with pytest.raises(SystemExit):
+        run_main("--only", "no such case")
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("wrong", [{"ours": 2}, {"peer": 2}])
+def test_a_wrong_answer_fails_the_run(run_main, wrong, capsys):
+    assert run_main("--quick", **wrong) == 1
+    assert "is wrong: 2 is not 1" in capsys.readouterr().out
+
+
+def timed(name, seconds, **more):
+    rate = {"bytes": 1e9 / seconds}
+    return {
+        "name": name,
+        "status": "ok",
+        "rounds": 3,
+        "median_s": seconds,
+        "min_s": seconds,
+        "spread": 0.05,
+        "per_second": rate,
+        **more,
+    }
+
+
+def published(seconds=0.1):
+    target = {"against": "peer", "ratio": 5.0, "measured": 0.2 / seconds, "met": 0.2 / seconds >= 5}
+    contenders = [
+        timed("ours", seconds),
+        timed("peer", 0.2, ratio=0.2 / seconds),
+        {"name": "absent", "status": "missing", "detail": "no module"},
+    ]
+    case = {"name": "a case", "work": {"bytes": 1e9}, "foreign_cores": 0.04}
+    case |= {"contenders": contenders, "target": target}
+    return {"family": "family", "quick": False, "machine": MACHINE, "cases": [case]}
+
+
+MARKED = "before\n<!-- bench:family:begin -->\nold\n<!-- bench:family:end -->\nafter\n"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A README with markers and a folder with one result file; returns report's arguments."""
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "family.json").write_text(json.dumps(published()))
+    readme = tmp_path / "README.md"
+    readme.write_text(MARKED)
+    return readme, ["--readme", str(readme), "--results", str(results)]
+
+
+def test_report_inserts_the_table_once(report, site):
+    readme, arguments = site
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench:family:begin -->\n| case |")
+    assert text.endswith("\n<!-- bench:family:end -->\nafter\n")
+    assert "| a case | ours | 100 ms | 5% | 10 GB/s |  |  |" in text
+    assert "|  | peer | 200 ms | 5% | 5 GB/s | 2.00x | >= 5x: NOT MET |" in text
+    assert "|  | absent | missing |  |  |  |  |" in text
+    assert "20 GB/s with 1 thread, 30 GB/s with 2 threads" in text
+    assert "peer missing; commit 0123456789ab." in text
+    assert "Other processes used at most 0.04 cores meanwhile." in text
+    assert report.main(arguments) == 0
+    assert readme.read_text() == text
+
+
+def test_report_check_tells_differences_and_changes_nothing(report, site, capsys):
+    readme, arguments = site
+    assert report.main([*arguments, "--check"]) == 1
+    assert "differs" in capsys.readouterr().err
+    assert readme.read_text() == MARKED
+    report.main(arguments)
+    assert report.main([*arguments, "--check"]) == 0
+    readme.write_text(readme.read_text().replace("100 ms", "1 ms"))
+    assert report.main([*arguments, "--check"]) == 1
+
+
+def test_report_needs_markers_and_full_runs(report, site, capsys):
+    readme, arguments = site
+    readme.write_text("no markers")
+    assert report.main(arguments) == 1
+    assert "no <!-- bench:family:begin -->" in capsys.readouterr().err
+    (readme.parent / "results" / "family.json").write_text(
+        json.dumps(published() | {"quick": True})
+    )
+    assert report.main(arguments) == 1
+    assert "quick" in capsys.readouterr().err
+
+
+def test_compare_tells_changes_and_other_machines():
+    compare = importlib.import_module("compare")
+    old, new = published(0.1), published(0.05)
+    new["machine"] = MACHINE | {"isa": "v4"}
+    del new["cases"][0]["contenders"][2]
+    rows = list(compare.changes(old, new))
+    assert rows[0] == ["a case", "ours", "100 ms", "50 ms", "-50.0% *", ""]
+    assert rows[1] == ["a case", "peer", "200 ms", "200 ms", "+0.0%", "2.00x -> 4.00x"]
+    assert rows[2] == ["a case", "absent", "missing", "absent", "", ""]
+    assert compare.differing_facts(old, new) == ["isa: v3 -> v4"]
+
+
+def test_brute_force_of_the_hamming_benchmark():
+    data = importlib.import_module("hamming_data")
+    codes, queries = data.random_codes(300, 16, seed=1), data.random_codes(5, 16, seed=2)
+    distances = np.unpackbits(queries[:, None] ^ codes, axis=2).sum(axis=2, dtype=np.int64)
+    order = np.lexsort((np.broadcast_to(np.arange(300), distances.shape), distances), axis=1)
+    values, ids = data.nearest(queries, codes, 7)
+    np.testing.assert_array_equal(ids, order[:, :7])
+    np.testing.assert_array_equal(values, np.take_along_axis(distances, order, axis=1)[:, :7])
+
+    mask = np.random.default_rng(3).random(300) < 0.5
+    _, ids = data.nearest(queries, codes, 7, mask)
+    admitted_order = [row[mask[row]][:7] for row in order]
+    np.testing.assert_array_equal(ids, admitted_order)
+
+
+def test_every_target_of_the_issue_has_a_case():
+    hamming = importlib.import_module("hamming")
+    cases = {case.name: case for case in hamming.CASES}
+    assert len(cases) == len(hamming.CASES)
+    for name, target in hamming.TARGETS.items():
+        assert cases[name].target == target
+        assert target.against in [contender.name for contender in cases[name].contenders]
