@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ REPOSITORY = Path(__file__).parent.parent
 SETTLE_SECONDS = 0.02
 # A turn of a fast call repeats it until it lasts about this long.
 TURN_SECONDS = 0.1
-# Cores that other processes may keep busy before a case counts as disturbed.
+# Cores that other processes may keep busy before a round counts as disturbed. Disturbed rounds are
+# repeated, up to ATTEMPTS times as many as asked for; the quietest count.
 QUIET_CORES = 0.15
+ATTEMPTS = 4
 
 Inputs = Any
 Call = Callable[[], Any]
@@ -98,7 +100,14 @@ class Outcome:
     status: str = "ok"
     detail: str = ""
     call: Call | None = None
-    seconds: list[float | None] = field(default_factory=list)
+
+
+@dataclass
+class Round:
+    """Seconds of every contender that took its turn, and the cores that other processes used."""
+
+    seconds: dict[str, float]
+    foreign_cores: float
 
 
 def use_threads(count: int) -> None:
@@ -146,66 +155,6 @@ def take_turn(call: Call) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def interleave(
-    outcomes: Sequence[Outcome],
-    rounds: int,
-    budget: float,
-    turn: Callable[[Call], float] = take_turn,
-) -> None:
-    """Let the admitted contenders take turns and append each one's seconds to its outcome.
-
-    Each round starts with the next contender. One that has used up `budget` seconds sits out the
-    rest (its seconds are None in those rounds), so that a slow peer does not cost minutes.
-    """
-    ready = [outcome for outcome in outcomes if outcome.status == "ok"]
-    spent = dict.fromkeys((outcome.name for outcome in ready), 0.0)
-    for number in range(rounds):
-        first = number % max(len(ready), 1)
-        for outcome in ready[first:] + ready[:first]:
-            if spent[outcome.name] > budget:
-                outcome.seconds.append(None)
-                continue
-            start = time.perf_counter()
-            outcome.seconds.append(turn(outcome.call))
-            spent[outcome.name] += time.perf_counter() - start
-
-
-def pairwise_ratio(subject: Sequence[float | None], other: Sequence[float | None]) -> float | None:
-    """Median over rounds of other/subject; None where they never met in a round."""
-    ratios = [b / a for a, b in zip(subject, other, strict=False) if None not in (a, b)]
-    return statistics.median(ratios) if ratios else None
-
-
-def summarise(outcome: Outcome, subject: Outcome, work: dict[str, float]) -> dict[str, Any]:
-    """The record of one contender as it stands in the result file."""
-    record: dict[str, Any] = {"name": outcome.name, "status": outcome.status}
-    if outcome.detail:
-        record["detail"] = outcome.detail
-    seconds = [value for value in outcome.seconds if value is not None]
-    if not seconds:
-        return record
-    median = statistics.median(seconds)
-    record |= {
-        "seconds": outcome.seconds,
-        "rounds": len(seconds),
-        "median_s": median,
-        "min_s": min(seconds),
-        "spread": (max(seconds) - min(seconds)) / median,
-        "per_second": {unit: amount / median for unit, amount in work.items()},
-    }
-    if outcome is not subject:
-        record["ratio"] = pairwise_ratio(subject.seconds, outcome.seconds)
-    return record
-
-
-def judge(target: Target, contenders: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A target and what came of it; `met` is None where there is no ratio to judge."""
-    ratios = {record["name"]: record.get("ratio") for record in contenders}
-    measured = ratios.get(target.against)
-    met = None if measured is None else measured >= target.ratio
-    return {"against": target.against, "ratio": target.ratio, "measured": measured, "met": met}
-
-
 def foreign_cpu_seconds() -> float:
     """CPU seconds since boot that this process did not use; 0 where the system does not tell.
 
@@ -221,19 +170,107 @@ def foreign_cpu_seconds() -> float:
     return busy - time.process_time()
 
 
+def interleave(
+    outcomes: Sequence[Outcome],
+    rounds: int,
+    attempts: int,
+    budget: float,
+    turn: Callable[[Call], float] = take_turn,
+    foreign: Callable[[], float] = foreign_cpu_seconds,
+) -> list[Round]:
+    """Let the admitted contenders take turns until `rounds` rounds were quiet, or `attempts` made.
+
+    Each round starts with the next contender. One that has used up `budget` seconds sits out the
+    rest, so that a slow peer does not cost minutes; a disturbed round is charged in part.
+    """
+    ready = [outcome for outcome in outcomes if outcome.status == "ok"]
+    spent = dict.fromkeys((outcome.name for outcome in ready), 0.0)
+    done: list[Round] = []
+    while len(done) < attempts and sum(r.foreign_cores <= QUIET_CORES for r in done) < rounds:
+        first = len(done) % max(len(ready), 1)
+        seconds, turns = {}, {}
+        start, foreign_before = time.perf_counter(), foreign()
+        for outcome in ready[first:] + ready[:first]:
+            if spent[outcome.name] <= budget:
+                turn_start = time.perf_counter()
+                seconds[outcome.name] = turn(outcome.call)
+                turns[outcome.name] = time.perf_counter() - turn_start
+        wall = max(time.perf_counter() - start, 1e-9)
+        cores = max(foreign() - foreign_before, 0.0) / wall
+        for name, duration in turns.items():
+            spent[name] += duration if cores <= QUIET_CORES else duration / ATTEMPTS
+        done.append(Round(seconds, cores))
+    return done
+
+
+def quietest(done: Sequence[Round], count: int, *names: str) -> list[Round]:
+    """The `count` least disturbed of the rounds in which all these contenders took part.
+
+    Choosing by what other processes did, never by the times, keeps the choice fair.
+    """
+    met = [entry for entry in done if all(name in entry.seconds for name in names)]
+    return sorted(met, key=lambda entry: entry.foreign_cores)[:count]
+
+
+def pairwise_ratio(done: Sequence[Round], count: int, subject: str, other: str) -> float | None:
+    """Median over rounds of the other's time by the subject's; None where they never met."""
+    ratios = [
+        entry.seconds[other] / entry.seconds[subject]
+        for entry in quietest(done, count, subject, other)
+    ]
+    return statistics.median(ratios) if ratios else None
+
+
+def summarise(
+    outcome: Outcome, subject: Outcome, done: Sequence[Round], count: int, work: dict[str, float]
+) -> dict[str, Any]:
+    """The record of one contender as it stands in the result file."""
+    record: dict[str, Any] = {"name": outcome.name, "status": outcome.status}
+    if outcome.detail:
+        record["detail"] = outcome.detail
+    kept = quietest(done, count, outcome.name)
+    if not kept:
+        return record
+    seconds = [entry.seconds[outcome.name] for entry in kept]
+    median = statistics.median(seconds)
+    record |= {
+        "seconds": seconds,
+        "foreign_cores": max(entry.foreign_cores for entry in kept),
+        "median_s": median,
+        "min_s": min(seconds),
+        "spread": (max(seconds) - min(seconds)) / median,
+        "per_second": {unit: amount / median for unit, amount in work.items()},
+    }
+    if outcome is not subject:
+        record["ratio"] = pairwise_ratio(done, count, subject.name, outcome.name)
+    return record
+
+
+def judge(target: Target, contenders: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A target and what came of it; `met` is None where there is no ratio to judge."""
+    ratios = {record["name"]: record.get("ratio") for record in contenders}
+    measured = ratios.get(target.against)
+    met = None if measured is None else measured >= target.ratio
+    return {"against": target.against, "ratio": target.ratio, "measured": measured, "met": met}
+
+
 def run_case(case: Case, quick: bool, threads: int, rounds: int, budget: float) -> dict[str, Any]:
     """Check, time and summarise one case."""
     inputs = case.setup(quick, threads)
     outcomes = [admit(contender, inputs) for contender in case.contenders]
-    start, foreign_before = time.perf_counter(), foreign_cpu_seconds()
-    interleave(outcomes, rounds, budget)
-    foreign = (foreign_cpu_seconds() - foreign_before) / (time.perf_counter() - start)
+    attempts = rounds if quick else ATTEMPTS * rounds
+    done = interleave(outcomes, rounds, attempts, budget)
     work = case.work(inputs)
-    records = [summarise(outcome, outcomes[0], work) for outcome in outcomes]
-    result = {"name": case.name, "work": work, "foreign_cores": foreign, "contenders": records}
+    records = [summarise(outcome, outcomes[0], done, rounds, work) for outcome in outcomes]
+    result = {"name": case.name, "work": work, "contenders": records}
     if case.target and not quick:
         result["target"] = judge(case.target, records)
     return result
+
+
+def foreign_cores(case: dict[str, Any]) -> float:
+    """Cores that other processes kept busy in the worst round whose times are told."""
+    return max((record.get("foreign_cores", 0.0) for record in case["contenders"]), default=0.0)
 
 
 def version(package: str) -> str | None:
@@ -313,7 +350,7 @@ def contender_row(record: dict[str, Any], target: dict[str, Any] | None) -> list
     return [
         record["name"],
         format_seconds(record["median_s"]),
-        f"{record['spread']:.0%}" if record["rounds"] > 1 else "one run",
+        f"{record['spread']:.0%}" if len(record["seconds"]) > 1 else "one run",
         format_rate(unit, rate),
         "" if ratio is None else f"{ratio:.2f}x",
         format_target(target) if target and target["against"] == record["name"] else "",
@@ -341,8 +378,8 @@ def show(results: dict[str, Any], console: Console) -> None:
     for case in results["cases"]:
         table.add_section()
         table.add_row(f"[bold]{case['name']}")
-        if case["foreign_cores"] > QUIET_CORES:
-            table.add_row(f"  [red]disturbed: others used {case['foreign_cores']:.1f} cores")
+        if (foreign := foreign_cores(case)) > QUIET_CORES:
+            table.add_row(f"  [red]disturbed: others used {foreign:.1f} cores")
         for record in case["contenders"]:
             name, *cells = contender_row(record, case.get("target"))
             table.add_row(f"  {name}", *cells)

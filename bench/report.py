@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY, RESULTS, contender_row
+from harness import REPOSITORY, RESULTS, contender_row, foreign_cores
 
 HEADINGS = ("case", "contender", "median", "spread", "rate", "time / ours", "target")
 ALIGNMENT = ("---", "---", "--:", "--:", "--:", "--:", "--:")
@@ -37,14 +37,14 @@ def markdown(results: dict[str, Any]) -> str:
         for count, rate in machine["read_gb_s"].items()
     )
     versions = ", ".join(f"{p} {v or 'missing'}" for p, v in machine["versions"].items())
-    foreign = max(case["foreign_cores"] for case in results["cases"])
+    foreign = max(map(foreign_cores, results["cases"]))
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     facts = (
         f"Measured {machine['date']} on {machine['cpu']}, {machine['cores']} cores, "
         f"ISA level {machine['isa']}, {machine['threads']} threads; it reads memory at {read}. "
         f"Python {machine['python']}, {versions}; commit {commit}. Every answer was checked before "
         "it was timed; contenders took turns, and ratios are medians over rounds. Other processes "
-        f"used at most {max(foreign, 0):.2f} cores meanwhile."
+        f"used at most {foreign:.2f} cores meanwhile."
     )
     return f"{table}\n\n{facts}"
 

@@ -77,28 +77,59 @@ def scripted(script, order):
     return turn
 
 
+def foreign_clock(*readings):
+    """Two readings, before and after, for each round."""
+    readings = iter(readings)
+    return lambda: next(readings)
+
+
 def test_rounds_start_with_the_next_contender(harness):
-    outcomes, order = admitted(harness, "a", "b", "c"), []
+    order = []
     turn = scripted({name: [1.0] * 3 for name in "abc"}, order)
-    harness.interleave(outcomes, rounds=3, budget=60, turn=turn)
+    done = harness.interleave(
+        admitted(harness, "a", "b", "c"), 3, 9, budget=60, turn=turn, foreign=lambda: 0.0
+    )
     assert "".join(order) == "abc" + "bca" + "cab"
-    assert [outcome.seconds for outcome in outcomes] == [[1.0] * 3] * 3
+    assert done == [harness.Round({"a": 1.0, "b": 1.0, "c": 1.0}, 0.0)] * 3
 
 
 def test_a_contender_over_budget_sits_out(harness):
-    outcomes, order = admitted(harness, "a", "b"), []
-    turn = scripted({name: [1.0] * 3 for name in "ab"}, order)
-    harness.interleave(outcomes, rounds=3, budget=0, turn=turn)
+    turn = scripted({name: [1.0] * 3 for name in "ab"}, order := [])
+    done = harness.interleave(
+        admitted(harness, "a", "b"), 3, 9, budget=0, turn=turn, foreign=lambda: 0.0
+    )
     assert "".join(order) == "ab"
-    assert outcomes[0].seconds == [1.0, None, None]
+    assert [entry.seconds for entry in done] == [{"a": 1.0, "b": 1.0}, {}, {}]
+
+
+def test_disturbed_rounds_are_repeated(harness):
+    def rounds(*foreign, attempts):
+        turn = scripted({"a": map(float, range(9))}, [])
+        outcomes = admitted(harness, "a")
+        clock = foreign_clock(*foreign)
+        return harness.interleave(outcomes, 2, attempts, budget=60, turn=turn, foreign=clock)
+
+    done = rounds(0, 9, 9, 9, 9, 9, attempts=8)
+    assert [entry.foreign_cores > 1 for entry in done] == [True, False, False]
+    assert [entry.seconds["a"] for entry in harness.quietest(done, 2, "a")] == [1.0, 2.0]
+    done = rounds(0, 9, 9, 18, 18, 27, attempts=3)
+    assert len(done) == 3
 
 
 def test_ratio_is_taken_within_rounds(harness):
-    # The machine is 10 times slower in the second round: medians of each side would say 2 / 1.
-    assert harness.pairwise_ratio([1.0, 10.0, 1.0], [3.0, 30.0, 2.0]) == 3.0
-    assert harness.pairwise_ratio([1.0, 2.0], [4.0, None]) == 4.0
-    assert harness.pairwise_ratio([], [1.0]) is None
-    assert harness.pairwise_ratio([None, 1.0], [1.0, None]) is None
+    def ratio(ours, theirs, foreign=(0.0, 0.0, 0.0), count=3):
+        done = [
+            harness.Round({name: s for name, s in (("ours", a), ("peer", b)) if s}, cores)
+            for a, b, cores in zip(ours, theirs, foreign, strict=True)
+        ]
+        return harness.pairwise_ratio(done, count, "ours", "peer")
+
+    # The machine is 10 times slower in the second round: medians of each side would say 3 / 1.
+    assert ratio([1.0, 10.0, 1.0], [4.0, 20.0, 3.0]) == 3.0
+    assert ratio([1.0, 10.0, 1.0], [4.0, 20.0, 2.0]) == 2.0
+    assert ratio([1.0, 2.0, None], [4.0, None, 5.0]) == 4.0
+    assert ratio([None, 1.0, None], [1.0, None, 1.0]) is None
+    assert ratio([1.0, 1.0, 1.0], [2.0, 3.0, 9.0], foreign=(0.0, 0.1, 1.0), count=2) == 2.5
 
 
 def test_only_fast_calls_repeat_within_a_turn(harness, monkeypatch):
@@ -135,7 +166,7 @@ def test_only_right_answers_are_timed(harness):
     result = harness.run_case(case, quick=False, threads=1, rounds=3, budget=60)
     right, wrong, missing, broken = result["contenders"]
     assert right["status"] == "ok"
-    assert right["rounds"] == 3
+    assert len(right["seconds"]) == 3
     assert right["min_s"] <= right["median_s"]
     assert right["per_second"]["pairs"] == pytest.approx(1e6 / right["median_s"])
     assert (wrong["status"], wrong["detail"]) == ("wrong", "2 is not 1\nassert 2 == 1")
@@ -154,7 +185,7 @@ def test_a_wrong_subject_leaves_its_peers_timed_without_ratio(harness):
     )
     ours, peer = harness.run_case(case, False, 1, 2, 60)["contenders"]
     assert ours["status"] == "wrong"
-    assert peer["rounds"] == 2
+    assert len(peer["seconds"]) == 2
     assert peer["ratio"] is None
 
 
@@ -205,9 +236,18 @@ def test_full_runs_write_the_family_results(run_main, tmp_path, capsys):
     results = json.loads((tmp_path / "family.json").read_text())
     assert set(results) == {"family", "quick", "machine", "cases"}
     (case,) = results["cases"]
-    assert set(case) == {"name", "work", "foreign_cores", "contenders", "target"}
+    assert set(case) == {"name", "work", "contenders", "target"}
     ours, peer, absent = case["contenders"]
-    timed = {"name", "status", "seconds", "rounds", "median_s", "min_s", "spread", "per_second"}
+    timed = {
+        "name",
+        "status",
+        "seconds",
+        "foreign_cores",
+        "median_s",
+        "min_s",
+        "spread",
+        "per_second",
+    }
     assert set(ours) == timed
     assert set(peer) == timed | {"ratio"}
     assert absent == {"name": "absent", "status": "missing", "detail": "no module"}
@@ -242,7 +282,8 @@ def timed(name, seconds, **more):
     return {
         "name": name,
         "status": "ok",
-        "rounds": 3,
+        "seconds": [seconds] * 3,
+        "foreign_cores": 0.04,
         "median_s": seconds,
         "min_s": seconds,
         "spread": 0.05,
@@ -258,8 +299,7 @@ def published(seconds=0.1):
         timed("peer", 0.2, ratio=0.2 / seconds),
         {"name": "absent", "status": "missing", "detail": "no module"},
     ]
-    case = {"name": "a case", "work": {"bytes": 1e9}, "foreign_cores": 0.04}
-    case |= {"contenders": contenders, "target": target}
+    case = {"name": "a case", "work": {"bytes": 1e9}, "contenders": contenders, "target": target}
     return {"family": "family", "quick": False, "machine": MACHINE, "cases": [case]}
 
 

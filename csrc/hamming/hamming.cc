@@ -567,8 +567,11 @@ void score_candidates(const Matrix<const float>& x, const Blocks& blocks, const 
       const uint16_t* word = blocks.block(row / kBlockRows) + row % kBlockRows;
       const float* table = tables.tables.get();
       float sum = 0.0f;  // in score's order, so the same bits
-      for (int64_t w = 0; w < blocks.words; ++w, word += kBlockRows)
-        for (int k = 0; k < 4; ++k, table += 16) sum += table[*word >> (4 * k) & 15];
+      uint16_t last = 0;
+      for (int64_t w = 0; w < blocks.words; ++w, word += kBlockRows) {
+        for (int k = 0; k < 4; ++k, table += 16) sum += table[(*word ^ last) >> (4 * k) & 15];
+        last = *word;
+      }
       out[q * c + i] = sum;
     }
   });
@@ -648,8 +651,11 @@ void from_blocks(const Blocks& blocks, const int64_t* positions, int64_t count,
       const int64_t row = positions[i];
       const uint16_t* word = blocks.block(row / kBlockRows) + row % kBlockRows;
       uint8_t* out = codes.row(i);
-      for (int64_t j = 0; j < codes.cols; ++j)
-        out[j * codes.col_stride] = static_cast<uint8_t>(word[j / 2 * kBlockRows] >> (j % 2 * 8));
+      for (int64_t j = 0; j < codes.cols; ++j) {
+        const int64_t w = j / 2;
+        const int bits = word[w * kBlockRows] ^ (w ? word[(w - 1) * kBlockRows] : 0);
+        out[j * codes.col_stride] = static_cast<uint8_t>(bits >> (j % 2 * 8));
+      }
     }
   });
 }

@@ -36,8 +36,11 @@ constexpr int64_t kMaxBytes = 8184;
 // Rows are grouped in blocks of 32. Word w (16 bits, the bytes 2w and 2w + 1) of the block's 32 codes
 // stands together: uint16 block[words][32]. So one 64-byte row is one zmm register with a lane per
 // code, a tile of queries is compared with it without any horizontal sum, and one comparison checks
-// 32 results. `words` is a multiple of four; missing words and missing rows of the last block are
-// zero.
+// 32 results. `words` is a multiple of four.
+//
+// A row holds not word w itself but the xor of the words 0..w of each code: the parity of differing
+// bits, which the scan needs after every word, is then one xor away (hamming_simd.inc), and the word
+// is the xor of two rows. Words past the code's end repeat the last; missing rows are zero.
 constexpr int64_t kBlockRows = 32;
 inline int64_t words_for(int64_t bytes) { return (bytes + 7) / 8 * 4; }
 

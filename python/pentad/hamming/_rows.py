@@ -29,7 +29,8 @@ def quantize(vectors: np.ndarray, store):
     if store == "float16":
         return np.clip(vectors, -65504, 65504).astype(np.float16), None
     largest = np.abs(vectors).max(axis=1, initial=0.0)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    # No scale below the normal numbers: its few bits would round q past 127, or be zero.
+    scale = np.maximum(largest / 127, np.finfo(np.float32).tiny)
     return np.rint(vectors / scale[:, None]).astype(np.int8), scale
 
 
@@ -158,7 +159,7 @@ class Rows:
     def from_arrays(cls, arrays: dict, dim: int, metric: str, store) -> "Rows":
         """Raises FormatError where the arrays do not fit each other."""
         expected = cls.empty(0, dim, metric, store)
-        values, count = {}, len(arrays.get("ids", ()))
+        values, count = {}, arrays["ids"].size if "ids" in arrays else 0
         for name in ("blocks", "ones", "ids", "vectors", "scale"):
             want = getattr(expected, name)
             have = arrays.get(name)

@@ -153,7 +153,8 @@ def _signs(x, one):
 def binarize(x, estimator, temperature, generator):
     with torch.no_grad():
         if estimator == "bernoulli":
-            draw = torch.rand(x.shape, generator=generator, device=x.device)
+            # Not torch.rand, whose form with a generator takes no symbolic shapes.
+            draw = torch.empty(x.shape, device=x.device).uniform_(generator=generator)
             one = draw < torch.sigmoid(x.float() / temperature)
         else:
             one = x > 0

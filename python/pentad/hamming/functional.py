@@ -135,7 +135,7 @@ def pack(x, threshold=0.0):
     if x.ndim < 1:
         raise ValueError("[hamming.pack] x has no dimension to pack")
     threshold = float(threshold)
-    if math.isnan(threshold):
+    if threshold != threshold:  # not math.isnan, which torch.compile cannot trace symbolically
         raise ValueError("[hamming.pack] threshold is NaN")
     if numpy:
         return _kernels.pack(x, threshold)
@@ -228,7 +228,14 @@ def distance(a, b, *, metric="hamming"):
 
 
 def intersection(a, b):
-    """Common ones of all pairs, ``distance(a, b, metric="and")``: (na, nb) int32."""
+    """Common ones of all pairs, ``distance(a, b, metric="and")``: (na, nb) int32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pentad.hamming.intersection(np.array([[7]], np.uint8), np.array([[3], [8]], np.uint8))
+    array([[2, 0]], dtype=int32)
+    """
     return distance(a, b, metric="and")
 
 
@@ -310,7 +317,7 @@ def range_search(queries, codes, radius, *, metric="hamming", mask=None):
     check_codes(op, "codes", codes)
     check_same_bytes(op, "queries", queries, "codes", codes)
     radius = float(radius)
-    if math.isnan(radius):
+    if radius != radius:
         raise ValueError(f"[{op}] radius is NaN")
     mask = check_mask(op, mask, codes.shape[0])
     if numpy:
@@ -498,7 +505,7 @@ def binarize(x, estimator="ste", temperature=1.0, generator=None):
 
         return autograd.binarize(x, estimator, temperature, generator)
     if estimator == "bernoulli":
-        p = 1 / (1 + np.exp(-x.astype(np.float64) / temperature))
+        p = 0.5 + 0.5 * np.tanh(x.astype(np.float64) / (2 * temperature))
         one = (generator or np.random.default_rng()).random(x.shape) < p
     else:
         one = x > 0
@@ -531,6 +538,12 @@ def bind(a, b):
     check_codes(op, "a", a, rank=None)
     check_codes(op, "b", b, rank=None)
     check_same_bytes(op, "a", a, "b", b)
+    for m, n in zip(reversed(a.shape[:-1]), reversed(b.shape[:-1]), strict=False):
+        if m != n and m != 1 and n != 1:
+            raise ValueError(
+                f"[{op}] a has shape {tuple(a.shape)}, which does not broadcast against b's "
+                f"{tuple(b.shape)}"
+            )
     return a ^ b
 
 
@@ -619,7 +632,7 @@ def permute(codes, dim, shift):
     numpy = is_numpy(op, codes=codes)
     check_codes(op, "codes", codes, rank=None)
     dim = check_dim(op, codes, dim)
-    shift = operator.index(shift)
+    shift = operator.index(shift) % dim
     if numpy:
         return _kernels.permute(codes, dim, shift)
     from pentad.hamming import autograd

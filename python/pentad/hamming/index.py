@@ -39,10 +39,11 @@ class _Input:
         functional.check_dtype(op, name, array, ("uint8", *functional._FLOATS))
         if array.shape[1] != dim:
             raise ValueError(f"[{op}] {name} have {array.shape[1]} columns but the index has {dim}")
-        self.floats = to_numpy(array).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite, which counts below
+            self.floats = to_numpy(array).astype(np.float32, copy=False)
         if finite and not np.isfinite(self.floats).all():
             raise ValueError(f"[{op}] {name} hold a NaN or an infinity")
-        self.codes = functional.pack(self.floats)
+        self.codes = to_numpy(functional.pack(array))  # of the original: narrowing loses signs
 
 
 class CodeIndex:
@@ -82,8 +83,10 @@ class CodeIndex:
     def _new_ids(self, name, ids, count: int, state_ids: np.ndarray) -> np.ndarray:
         """Given ids, checked against those present; or the next free ones."""
         if ids is None:
-            first = int(state_ids.max()) + 1 if len(state_ids) else 0
-            return np.arange(first, first + count, dtype=np.int64)
+            last = int(state_ids.max()) if len(state_ids) else -1
+            if last + count >= 2**63:
+                raise ValueError(f"[{self._op(name)}] no {count} ids are left after {last}")
+            return last + np.arange(1, count + 1, dtype=np.int64)
         ids = check_ids(self._op(name), ids if not hasattr(ids, "detach") else to_numpy(ids), count)
         present = np.isin(ids, state_ids)
         if present.any():
@@ -117,8 +120,12 @@ class CodeIndex:
     # --- Files ------------------------------------------------------------------------------------
 
     def save(self, path) -> None:
-        """Write the index to one file, atomically: a save cut short leaves an old file whole."""
-        _file.write(path, self._kind, *self.to_sections())
+        """Write the index to one file, atomically: a save cut short leaves an old file whole.
+
+        Searches go on meanwhile, changes wait: an `add` may fill up the last block in place.
+        """
+        with self._writing:
+            _file.write(path, self._kind, *self.to_sections())
 
     @classmethod
     def load(cls, path, mmap: bool = True, verify: bool = True):
@@ -175,7 +182,8 @@ class BinaryIndex(CodeIndex):
     @property
     def ids(self) -> np.ndarray:
         """(n,) int64, rising, read-only."""
-        ids = self._rows.ids[: self._rows.count]
+        rows = self._rows
+        ids = rows.ids[: rows.count]
         ids.flags.writeable = False
         return ids
 
@@ -329,13 +337,15 @@ class BinaryIndex(CodeIndex):
 
     def reconstruct(self, ids) -> np.ndarray:
         """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1."""
-        at = self._positions("reconstruct", ids)
-        return _reconstruct(self._rows, at, self.dim)
+        snapshot = _view(self)
+        return _reconstruct(snapshot._rows, snapshot._positions("reconstruct", ids), self.dim)
 
     def codes(self, ids=None) -> np.ndarray:
         """(n, ceil(dim / 8)) uint8 codes of `ids`, by default of all rows."""
-        rows = self._rows
-        return rows.codes(np.arange(rows.count) if ids is None else self._positions("codes", ids))
+        snapshot = _view(self)
+        rows = snapshot._rows
+        at = np.arange(rows.count) if ids is None else snapshot._positions("codes", ids)
+        return rows.codes(at)
 
     def to_sections(self):
         """(meta, arrays) for a file that embeds this index; see `from_sections`."""

@@ -68,12 +68,13 @@ class BinaryIVFIndex(CodeIndex):
         Deterministic for a given seed. The index must be empty.
         """
         op = self._op("train")
-        if len(self):
-            raise ValueError(f"[{op}] the index already holds {len(self)} rows")
         codes = self._input("train", vectors_or_codes, finite=False).codes
         if len(codes) < self.lists:
             raise ValueError(f"[{op}] {len(codes)} rows for {self.lists} lists")
-        self.centroids = k_majority(codes, self.dim, self.lists, seed, iterations)
+        with self._writing:
+            if len(self):
+                raise ValueError(f"[{op}] the index already holds {len(self)} rows")
+            self.centroids = k_majority(codes, self.dim, self.lists, seed, iterations)
 
     def _trained(self, name):
         if self.centroids is None:
@@ -114,23 +115,25 @@ class BinaryIVFIndex(CodeIndex):
         """Replace the rows of `ids`, which must be present."""
         op = self._op("update")
         self._trained("update")
-        ids = check_ids(op, _plain(ids))
+        given = self._input("update", vectors_or_codes, finite=self.store is not None)
+        ids = check_ids(op, _plain(ids), len(given.codes))
         content = BinaryIndex(self.dim, metric=self.metric, store=self.store)
         content.add(vectors_or_codes, ids)
         with self._writing:
-            at = self._known("update", ids)
             lists = self._lists
+            at = self._known("update", lists, ids)
             keep = np.setdiff1d(lists.filled, at, assume_unique=True)
             kept = lists.rebuilt(self, lists.rows.content(keep), lists.assigned(keep))
             self._lists = kept.with_rows(self, content._rows)
 
     def reconstruct(self, ids) -> np.ndarray:
         """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1."""
-        at = self._known("reconstruct", check_ids(self._op("reconstruct"), _plain(ids)))
-        return _reconstruct(self._lists.rows, at, self.dim)
+        lists = self._lists
+        at = self._known("reconstruct", lists, check_ids(self._op("reconstruct"), _plain(ids)))
+        return _reconstruct(lists.rows, at, self.dim)
 
-    def _known(self, name, ids):
-        at = self._lists.positions(ids)
+    def _known(self, name, lists, ids):
+        at = lists.positions(ids)
         if (at < 0).any():
             raise ValueError(f"[{self._op(name)}] id {ids[at < 0][0]} is not in the index")
         return at

@@ -1,0 +1,91 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each target sets up what it uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+PACKAGE := $(VENV)/.pentad-installed
+DEPENDENCIES := $(VENV)/.dependencies-installed
+CMAKE_ARGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPENTAD_CUDA=OFF
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+
+.PHONY: help install demo test test-python test-cpp test-sanitize lint format bench wheel clean
+
+help:
+	@echo "make demo     set up and search the documentation installed here"
+	@echo "make test     set up and run every test"
+	@echo "make install lint format bench wheel test-python test-cpp test-sanitize clean"
+
+# --- Set-up: a virtual environment, pinned dependencies, the package ------------------------------
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt pip
+	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(BIN)/python tools/requirements.py build search torch encoders bench dev \
+	  | $(BIN)/python -m pip install -q -c constraints.txt -r /dev/stdin
+	@touch $@
+
+$(PACKAGE): $(DEPENDENCIES) $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+install: $(PACKAGE)
+
+# --- The main job ----------------------------------------------------------------------------------
+
+demo: install
+	$(BIN)/python tools/demo.py $(DEMO_ARGS)
+
+# --- Tests -----------------------------------------------------------------------------------------
+
+test: test-cpp test-sanitize test-python
+
+test-python: install
+	$(BIN)/python -m pytest
+
+build/cpp/build.ninja build/sanitize/build.ninja: $(DEPENDENCIES) CMakeLists.txt
+	$(BIN)/cmake -S . -B $(@D) $(CMAKE_ARGS) -DPENTAD_TESTS=ON \
+	  $(if $(findstring sanitize,$@),-DPENTAD_SANITIZE=address$(comma)undefined,-DPENTAD_BENCH=ON)
+comma := ,
+
+test-cpp: build/cpp/build.ninja
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+# The same tests under the address and undefined-behaviour sanitizers.
+test-sanitize: build/sanitize/build.ninja
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -LE speed
+
+# --- Style -----------------------------------------------------------------------------------------
+
+NATIVE := $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'bench/cpp/*' 2>/dev/null | grep -E '\.(h|cc|cu|cuh|inc)$$')
+
+lint: $(DEPENDENCIES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(DEPENDENCIES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# --- Measurements and packaging --------------------------------------------------------------------
+
+bench: install
+	$(BIN)/python bench/hamming.py $(BENCH_ARGS)
+
+# A wheel, and the proof that it imports beside nothing but numpy.
+wheel: $(DEPENDENCIES)
+	rm -rf dist
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``pentad``: search the documentation of what is installed.
+
+Exit status: 0, 1 where something could not be done, 2 where the call makes no sense; then one line
+on standard error says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from . import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command with ``arguments``, those of the process by default; returns the status."""
+    # What the interpreter and all imports up to here took of this thread.
+    started_up = time.thread_time()
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options, started_up)
+    except BrokenPipeError:  # the reader, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (LookupError, ValueError, OSError, ImportError, MemoryError) as error:
+        print(f"pentad {options.command}: {_in_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _index(options: argparse.Namespace, started_up: float) -> int:
+    from .docsearch import default_path
+
+    path = options.out or default_path(options.encoder)
+    _build(path, options.encoder, options.package)
+    return 0
+
+
+def _search(options: argparse.Namespace, started_up: float) -> int:
+    begin = time.perf_counter()
+    from .docsearch import DocIndex, default_path, present
+
+    imported = time.perf_counter()
+    path = options.file or default_path(options.encoder)
+    if options.file is None and not path.exists():
+        print(f"No index yet: building {path}, once, in about half a minute.", file=sys.stderr)
+        _build(path, options.encoder, ())
+    opened = time.perf_counter()
+    docs = DocIndex.load(path)
+    loaded = time.perf_counter()
+    question = " ".join(options.question)
+    answer = docs.search(question, options.k, rescore=options.rescore, packages=options.package)
+    stages = {"start-up": started_up + imported - begin, "load": loaded - opened}
+    seconds = {**stages, **answer.seconds}
+    if options.json:
+        print(present.as_json(question, answer, seconds, file=str(path), stale=docs.stale))
+        return 0
+    printing = time.perf_counter()
+    present.show(answer)
+    present.show_times({**seconds, "print": time.perf_counter() - printing}, len(docs.passages))
+    if not answer.hits:
+        print(f"No passage has any word of: {question}", file=sys.stderr)
+    if docs.stale:
+        print(
+            f"Other packages are installed than when {path} was built; `pentad index` renews it.",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _build(path: Path, encoder: str, packages) -> None:
+    """Build an index and save it, with progress and a summary on standard error."""
+    from .docsearch import DocIndex, present
+
+    start = time.perf_counter()
+    with present.progress() as progress:
+        docs = DocIndex.build(
+            packages, encoder=encoder, processes=os.cpu_count() or 1, progress=progress
+        )
+        docs.save(path)
+    skipped = "".join(f", {n} {reason}" for reason, n in docs.about["skipped"].items())
+    print(
+        f"{path}: {len(docs.passages)} passages of {docs.about['files']} files{skipped}, "
+        f"{path.stat().st_size / 1e6:.0f} MB, {time.perf_counter() - start:.1f} s",
+        file=sys.stderr,
+    )
+
+
+def _info(options: argparse.Namespace, started_up: float) -> int:
+    import importlib.metadata
+
+    import pentad
+
+    try:
+        torch = importlib.metadata.version("torch")  # without importing it
+    except importlib.metadata.PackageNotFoundError:
+        torch = None
+    facts = {
+        "pentad": __version__,
+        "python": sys.version.split()[0],
+        "isa": pentad.isa(),
+        "isa_available": pentad.isa_available(),
+        "threads": pentad.num_threads(),
+        "thread_runtime": pentad.thread_runtime(),
+        "cuda_built": pentad.cuda_built(),
+        "cuda_devices": pentad.cuda_devices(),
+        "torch": torch,
+    }
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    devices = ", ".join(facts["cuda_devices"]) or "no device found"
+    lines = {
+        "pentad": f"{__version__} (Python {facts['python']})",
+        "instructions": f"{facts['isa']} (this processor offers "
+        f"{', '.join(facts['isa_available'])})",
+        "threads": f"{facts['threads']}, {facts['thread_runtime']}",
+        "cuda": devices if facts["cuda_built"] else "not built",
+        "torch": torch or "not installed",
+    }
+    for name, text in lines.items():
+        print(f"{name:<13} {text}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pentad", description="Search the documentation of what is installed.")
+    parser.add_argument("--version", action="version", version=f"pentad {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    index = commands.add_parser("index", help="read, encode and index the installed documentation")
+    index.add_argument("--out", type=Path, metavar="FILE", help="instead of the user's cache")
+    index.set_defaults(run=_index)
+
+    search = commands.add_parser("search", help="search it; builds the index at first")
+    search.add_argument("question", nargs="+", type=_question)
+    search.add_argument("-k", type=_count, default=10, metavar="N", help="answers (%(default)s)")
+    search.add_argument(
+        "--rescore",
+        choices=("store", "bits", "none"),
+        default="store",
+        help="score the candidates again with the int8 vectors, the codes, or not at all",
+    )
+    search.add_argument("--file", type=Path, help="an index made with `pentad index --out FILE`")
+    search.add_argument("--json", action="store_true", help="one JSON object")
+    search.set_defaults(run=_search)
+
+    info = commands.add_parser("info", help="what this installation and machine can do")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    info.set_defaults(run=_info)
+
+    for command in (index, search):
+        command.add_argument("--encoder", choices=("lsa", "minilm"), default="lsa")
+        command.add_argument(
+            "--package",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="only this import path or distribution; may be repeated",
+        )
+    return parser
+
+
+def _count(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
+    return number
+
+
+def _question(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no file {error.filename}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of every test: fixed seeds, each instruction-set level, restored thread counts."""
+
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+import pentad
+
+# Derandomized, so that a red run is red again; the fixtures that hypothesis warns about only choose
+# an instruction set, which is the same for all examples.
+settings.register_profile(
+    "pentad",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("pentad")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds(doctest_namespace):
+    doctest_namespace.update(pentad=pentad, np=np)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for what draws from the global generator
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240607)
+
+
+@pytest.fixture(params=pentad.isa_available())
+def isa(request):
+    """Runs the test once for each level that this CPU has."""
+    before = pentad.isa()
+    pentad._C.set_isa(request.param)
+    yield request.param
+    pentad._C.set_isa(before)
+
+
+@pytest.fixture
+def threads():
+    """`pentad.set_num_threads`, undone afterwards."""
+    before = pentad.num_threads()
+    yield pentad.set_num_threads
+    pentad.set_num_threads(before)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check a built wheel: what its extension links, and that it works beside numpy alone.
+
+    python tools/check_wheel.py dist/pentad-*.whl
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+ROOT = Path(__file__).parent.parent
+ALLOWED = re.compile(r"(libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux-.*)\.so\.\d+")
+
+USE = """
+import sys
+import numpy as np
+import pentad, pentad.hamming as hamming
+assert not {"torch", "sklearn", "rich"} & set(sys.modules), "an optional package was imported"
+vectors = np.random.default_rng(0).standard_normal((500, 100)).astype(np.float32)
+index = hamming.BinaryIndex(100, store="int8")
+index.add(vectors)
+assert (index.search(vectors, 1, rescore="store").ids[:, 0] == np.arange(500)).all()
+print("imports and searches beside numpy alone:", pentad.__version__, pentad.isa())
+"""
+
+
+def linked(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
+        (name,) = [n for n in archive.namelist() if re.match(r"pentad/_C\..*\.so$", n)]
+        with open(archive.extract(name, folder), "rb") as file:
+            tags = list(ELFFile(file).get_section_by_name(".dynamic").iter_tags())
+    needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
+    foreign = [name for name in needed if not ALLOWED.fullmatch(name)]
+    assert not foreign, f"{wheel.name} needs {foreign}"
+    paths = [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+    assert not paths, f"{wheel.name} has {paths}"
+    print(f"{wheel.name} ({wheel.stat().st_size / 1e6:.1f} MB) needs {', '.join(needed)}; no RPATH")
+
+
+def used(wheel: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        venv.create(folder, with_pip=True)
+        python = Path(folder, "bin", "python")
+        pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", "numpy"], check=True)
+        subprocess.run([*pip, "--no-index", "--no-deps", wheel.resolve()], check=True)
+        subprocess.run([python, "-c", USE], check=True, cwd=folder)
+
+
+if __name__ == "__main__":
+    wheel = Path(sys.argv[1])
+    linked(wheel)
+    used(wheel)
