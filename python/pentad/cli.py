@@ -67,8 +67,15 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     if not answer.hits:
         print(f"No passage has any word of: {question}", file=sys.stderr)
     if docs.stale:
+        renew = [
+            "pentad index",
+            *([f"--encoder {options.encoder}"] if options.encoder != "lsa" else []),
+        ]
+        renew += [f"--package {package}" for package in docs.about["packages"]]
+        renew += [f"--out {path}"] if options.file else []
         print(
-            f"Other packages are installed than when {path} was built; `pentad index` renews it.",
+            f"Other packages are installed than when {path} was built; renew it with "
+            f"`{' '.join(renew)}`.",
             file=sys.stderr,
         )
     return 0

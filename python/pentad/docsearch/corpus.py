@@ -13,23 +13,24 @@ all docstrings here; helpers and fixtures named like what they test), vendored c
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
 import json
 import os
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
 from .exports import Interface, interface, is_private, public_names, publicness, renamed
 from .installed import PYTHON, site_folders
-from .passages import Passage, is_distribution, is_within
+from .passages import Passage, Progress, is_distribution, is_within
 
 LEFT_OUT = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages"}
 LARGEST_FILE = 8 << 20  # bytes; anything above is generated data, and costs ast 50 times its size
@@ -44,8 +45,6 @@ COMPILED = [
 
 BUILT_IN = "built-in"  # stands for the file of what has no source
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-
-Progress = Callable[[int, int], None]
 
 
 class Source(NamedTuple):
@@ -83,7 +82,10 @@ def sources(folders: list[str] | None = None) -> list[Source]:
         found += _walk(os.path.dirname(os.__file__), "", PYTHON)
         found += [Source(BUILT_IN, module, PYTHON) for module in COMPILED]
     for distribution in importlib.metadata.distributions(path=folders):
-        found += _distribution_sources(distribution)
+        try:
+            found += _distribution_sources(distribution, folders)
+        except (ValueError, TypeError, LookupError, OSError, csv.Error):
+            found.append(Source("", "", "unknown"))  # broken records: counted as unreadable
     # Two distributions may list the same file, as the parts of a namespace package do.
     return list({(source.path, source.module): source for source in found}.values())
 
@@ -125,7 +127,7 @@ def read(sources: list[Source], *, processes: int = 1, progress: Progress | None
         if reading.skipped:
             skipped[reading.skipped] += 1
         if progress:
-            progress(done, len(sources))
+            progress("reading files", done, len(sources))
     return Corpus(_without_copies(_renamed(passages, interfaces)), len(sources), skipped)
 
 
@@ -174,34 +176,29 @@ def _walk(folder: str, prefix: str, distribution: str) -> Iterator[Source]:
                 yield Source(os.path.join(path, name), module, distribution)
 
 
-def _distribution_sources(distribution: importlib.metadata.Distribution) -> Iterator[Source]:
+def _distribution_sources(
+    distribution: importlib.metadata.Distribution, folders: list[str]
+) -> Iterator[Source]:
     name = distribution.metadata["Name"]
     label = f"{name} {distribution.version}"
+    editable = _is_editable(distribution)
     files = [path for path in distribution.files or [] if path.suffix == ".py"]
-    if files and not _is_editable(distribution):
+    if files and not editable:
         for path in files:
             module = _module_name(str(path))
             if module:
                 yield Source(str(path.locate()), module, label)
         return
     # An editable install lists only its import hook, a system package often nothing: ask where
-    # its top-level packages are found. That runs no code of theirs.
-    tops = (distribution.read_text("top_level.txt") or name.replace("-", "_")).split()
-    for top in tops:
-        yield from _top_level_sources(top, label)
-
-
-def _top_level_sources(top: str, label: str) -> Iterator[Source]:
-    try:
-        spec = importlib.util.find_spec(top) if "." not in top else None
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        return
-    for folder in spec.submodule_search_locations or []:
-        yield from _walk(folder, top, label)
-    if not spec.submodule_search_locations and spec.origin and spec.origin.endswith(".py"):
-        yield Source(spec.origin, top, label)
+    # its top-level packages are. That runs no code of theirs.
+    find = importlib.machinery.PathFinder.find_spec
+    for top in (distribution.read_text("top_level.txt") or name.replace("-", "_")).split():
+        spec = importlib.util.find_spec(top) if editable else find(top, folders)
+        places = spec.submodule_search_locations or () if spec else ()
+        for folder in places:
+            yield from _walk(folder, top, label)
+        if spec and not places and str(spec.origin).endswith(".py"):
+            yield Source(spec.origin, top, label)
 
 
 def _is_editable(distribution: importlib.metadata.Distribution) -> bool:
@@ -236,8 +233,8 @@ def _parsed(tree: ast.Module, source: Source) -> Iterator[Passage]:
                     yield passage(name, kind, node.lineno, text)
                 if kind == "class":
                     yield from visit(node.body, name)
-            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-                for name, text in _attached(node.value):
+            elif isinstance(node, (ast.Expr, ast.Assign)):
+                for name, text in _attached(node, scope):
                     yield passage(name, "function", node.lineno, text)
             else:  # if, try, with: a definition may stand in any of their blocks
                 for block in ("body", "orelse", "finalbody"):
@@ -250,22 +247,27 @@ def _parsed(tree: ast.Module, source: Source) -> Iterator[Passage]:
     yield from visit(tree.body, source.module)
 
 
-def _attached(call: ast.Call) -> Iterator[tuple[str, str]]:
+def _attached(node: ast.Expr | ast.Assign, scope: str) -> Iterator[tuple[str, str]]:
     """Names and texts of ``add_newdoc("numpy", "array", text)``, ``add_docstr(torch.abs, text)``.
 
-    That is how numpy and torch document what they wrote in C: 400 functions each.
+    And of ``det = add_docstr(linalg_det, text)``: so numpy and torch document what they wrote in C,
+    a thousand functions.
     """
-    function = ast.unparse(call.func).rsplit(".", 1)[-1]
-    if function not in ("add_newdoc", "add_docstr") or len(call.args) < 2:
+    call = node.value
+    if not isinstance(call, ast.Call) or len(call.args) < 2:
+        return
+    if ast.unparse(call.func).rpartition(".")[2].lstrip("_") not in ("add_newdoc", "add_docstr"):
         return
     *owner, content = call.args
     path = [_literal(part) or ast.unparse(part) for part in owner]
+    if isinstance(node, ast.Assign):
+        path = [scope, ast.unparse(node.targets[0])]
     for member in content.elts if isinstance(content, ast.List) else [content]:
-        if isinstance(member, ast.Tuple):  # ("method", text)
-            own, text = _literal(member.elts[0]), _literal(member.elts[-1])
-            yield ".".join([*path, own]), inspect.cleandoc(text)
-        else:
-            yield ".".join(path), inspect.cleandoc(_literal(member))
+        *own, content = member.elts if isinstance(member, ast.Tuple) else [member]
+        name = ".".join([*path, *map(_literal, own)])
+        text = inspect.cleandoc(_literal(content))
+        if text and all(part.isidentifier() for part in name.split(".")):
+            yield name, text
 
 
 def _literal(node: ast.expr) -> str:
@@ -299,7 +301,7 @@ def _compiled(source: Source) -> Iterator[Passage]:
     def passage(name: str, kind: str, text: str) -> Passage:
         return Passage(name, kind, PYTHON, BUILT_IN, 0, inspect.cleandoc(text))
 
-    if source.module in sys.builtin_module_names and module.__doc__:
+    if module.__doc__ and not getattr(module, "__file__", "").endswith(".py"):
         yield passage(source.module, "module", module.__doc__)
     for name, item in vars(module).items():
         if name.startswith("_") or not isinstance(item.__doc__, str):
@@ -309,10 +311,10 @@ def _compiled(source: Source) -> Iterator[Passage]:
             yield passage(path, "function", item.__doc__)
         elif isinstance(item, type) and item.__module__.lstrip("_") == source.module:
             yield passage(path, "class", item.__doc__)
-            for name, member in vars(item).items():
+            for own, member in vars(item).items():
                 documented = inspect.ismethoddescriptor(member) and member.__doc__
-                if documented and not name.startswith("_"):
-                    yield passage(f"{path}.{name}", "function", documented)
+                if documented and not own.startswith("_"):
+                    yield passage(f"{path}.{own}", "function", documented)
 
 
 def _renamed(passages: list[Passage], interfaces: list[Interface]) -> list[Passage]:

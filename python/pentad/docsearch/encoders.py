@@ -11,15 +11,13 @@ import contextlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .passages import Passage, Strings
+from .passages import Passage, Progress, Strings
 from .words import SHOWN, weighted_words, words
-
-Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 class LsaEncoder:
@@ -148,7 +146,7 @@ class MiniLmEncoder:
         self._model = self._model or self._load()
         return self._model.encode(
             list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
-        ).astype(np.float32)
+        )
 
     def sections(self) -> dict[str, np.ndarray]:
         return {}
@@ -194,7 +192,7 @@ def tfidf(passages: int):
 def rotation(dim: int) -> np.ndarray:
     """A random orthogonal matrix, always the same one, float64 (dim, dim)."""
     random = np.random.default_rng(1).standard_normal((dim, dim))
-    return np.linalg.qr(random).Q
+    return np.linalg.qr(random)[0]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ import numpy as np
 from .. import _file
 from .._errors import FormatError
 from ..hamming import BinaryIndex
-from .encoders import ENCODERS, Progress
+from .encoders import ENCODERS
 from .installed import fingerprint
-from .passages import Passage, PassageTable
+from .passages import Passage, PassageTable, Progress
 
 KIND = "docsearch"
 RESCORE = {"store": "store", "bits": "bits", "none": None}
@@ -93,15 +93,10 @@ class DocIndex:
 
         if encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
-        progress = progress or (lambda stage, done, total: None)
         sources = corpus.sources(folders)
         if packages:
             sources = corpus.restrict(sources, packages)
-        found = corpus.read(
-            sources,
-            processes=processes,
-            progress=lambda done, total: progress("reading files", done, total),
-        )
+        found = corpus.read(sources, processes=processes, progress=progress)
         if not found.passages:
             raise ValueError("there are no docstrings to index")
         fitted, vectors = ENCODERS[encoder].fit(found.passages, progress)

@@ -26,5 +26,5 @@ def fingerprint(folders: list[str] | None = None) -> str:
             entries = os.listdir(folder)
         except OSError:
             continue
-        installed.update(e for e in entries if e.endswith((".dist-info", ".egg-info")))
+        installed.update(e for e in entries if e.endswith((".dist-info", ".egg-info", ".egg")))
     return "\n".join([PYTHON, *sorted(installed)])

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 KINDS = ("module", "class", "function", "topic")
+
+Progress = Callable[[str, int, int], None]  # stage, done, total; total 0 where it cannot be told
 
 
 class Passage(NamedTuple):
@@ -34,7 +36,9 @@ class Passage(NamedTuple):
 
     @property
     def first_line(self) -> str:
-        return self.text.split("\n", 1)[0].strip()
+        """The first line that says something; some texts begin with a rule."""
+        lines = self.text.splitlines()
+        return next((line.strip() for line in lines if any(map(str.isalnum, line))), "")
 
     @property
     def place(self) -> str:

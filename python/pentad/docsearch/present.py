@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-from .encoders import Progress
 from .engine import Answer
+from .passages import Progress
 
 
 def show(answer: Answer) -> None:
