@@ -371,7 +371,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     if results["quick"]:
         console.print("quick: small sizes, so targets are not judged and rates mean little")
     table = Table()
-    table.add_column("case / contender", no_wrap=True)
+    table.add_column("case / contender", min_width=36)
     for heading in ("median", "spread", "rate", "time / ours", "target"):
         table.add_column(heading, justify="right", no_wrap=True)
     failures = []

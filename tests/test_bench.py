@@ -210,6 +210,14 @@ MACHINE = {
 }
 
 
+def test_machine_facts_are_complete(harness):
+    facts = harness.machine_facts(["no-such-package"], threads=1, quick=True)
+    assert facts.keys() == MACHINE.keys()
+    assert facts["read_gb_s"]["1"] > 0
+    assert facts["versions"]["no-such-package"] is None
+    assert facts["versions"]["numpy"] == np.__version__
+
+
 @pytest.fixture
 def run_main(harness, monkeypatch, tmp_path):
     """Run a family's command line with a subject and a peer of the given answers, both due 1."""

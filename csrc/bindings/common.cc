@@ -53,8 +53,7 @@ void bind_common(py::module_& m) {
       "stream_read",
       [](const TensorView& data) {
         expect(data, "stream_read", "data", {DType::u8}, 1);
-        if (data.shape[0] > 1 && data.strides[0] != 1)
-          bad_value("stream_read", "data is not contiguous");
+        if (!is_contiguous(data)) bad_value("stream_read", "data is not contiguous");
         return stream_read(static_cast<const uint8_t*>(data.data), data.shape[0]);
       },
       py::call_guard<py::gil_scoped_release>());

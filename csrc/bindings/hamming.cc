@@ -3,6 +3,7 @@
 // that could make a kernel read or write out of bounds is refused here, whoever calls.
 #include "hamming/hamming.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -46,16 +47,14 @@ const T* column(const Optional& view, const char* op, const char* name, DType dt
   if (view->shape[0] != n)
     bad_value(op, std::string(name) + " has " + std::to_string(view->shape[0]) +
                       " entries, expected " + std::to_string(n));
-  if (n > 1 && view->strides[0] != 1) bad_value(op, std::string(name) + " is not contiguous");
+  if (!is_contiguous(*view)) bad_value(op, std::string(name) + " is not contiguous");
   return static_cast<const T*>(view->data);
 }
 
 // uint16 (blocks, words, 32), contiguous, with room for `rows`.
 Blocks blocks_of(const TensorView& view, int64_t rows, const char* op) {
   expect(view, op, "blocks", {DType::u16}, 3);
-  if (view.shape[2] != kBlockRows || view.shape[1] % 4 || view.strides[2] != 1 ||
-      view.strides[1] != kBlockRows ||
-      (view.shape[0] > 1 && view.strides[0] != view.shape[1] * kBlockRows))
+  if (view.shape[2] != kBlockRows || view.shape[1] % 4 || !is_contiguous(view))
     bad_value(op, "blocks have shape " + shape_text(view) + ", expected contiguous (n, 4 m, 32)");
   if (rows < 0 || rows > view.shape[0] * kBlockRows)
     bad_value(op, "rows is " + std::to_string(rows) + ", more than the blocks hold");
@@ -138,13 +137,20 @@ void expect_rows(const TensorView& out, const TensorView& in, int64_t last, DTyp
                  const char* op) {
   expect(out, op, "out", {dtype}, in.rank);
   if (out.read_only) bad_value(op, "out is read-only");
-  int64_t contiguous = 1;
-  for (int i = out.rank - 1; i >= 0; --i) {
-    const int64_t want = i == out.rank - 1 ? last : in.shape[i];
-    if (out.shape[i] != want || (want > 1 && out.strides[i] != contiguous))
-      bad_value(op, "out has shape " + shape_text(out) + " or strides that do not fit");
-    contiguous *= want;
-  }
+  bool fits = is_contiguous(out);
+  for (int i = 0; i < out.rank; ++i)
+    fits = fits && out.shape[i] == (i == out.rank - 1 ? last : in.shape[i]);
+  if (!fits) bad_value(op, "out has shape " + shape_text(out) + " or strides that do not fit");
+}
+
+// The nearest number with this many bits of fraction and this least exponent: a threshold is compared
+// in x's own type, as numpy and torch do.
+double rounded(double x, int fraction_bits, int least_exponent, double largest) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  const double unit =
+      std::ldexp(1.0, std::max(std::ilogb(x), least_exponent) - fraction_bits);
+  const double nearest = std::nearbyint(x / unit) * unit;
+  return std::abs(nearest) > largest ? std::copysign(INFINITY, x) : nearest;
 }
 
 void py_pack(const TensorView& x, double threshold, const TensorView& out) {
@@ -153,6 +159,8 @@ void py_pack(const TensorView& x, double threshold, const TensorView& out) {
          -1);
   if (x.rank < 1) bad_value(op, "x has no dimension to pack");
   expect_rows(out, x, (x.shape[x.rank - 1] + 7) / 8, DType::u8, op);
+  if (x.dtype == DType::f16) threshold = rounded(threshold, 10, -14, 65504.0);
+  if (x.dtype == DType::bf16) threshold = rounded(threshold, 7, -126, 0x1.fep127);
   const std::vector<int64_t> offsets = row_offsets(x);
   if (!pack(rows_of(x, offsets), threshold, static_cast<uint8_t*>(out.data)))
     bad_value(op, "x contains NaN, which is neither above nor below the threshold");
@@ -325,8 +333,7 @@ const int64_t* candidates_of(const TensorView& candidates, int64_t nq, int64_t r
                              const char* op) {
   expect(candidates, op, "candidates", {DType::i64}, 2);
   const int64_t c = candidates.shape[1];
-  if (candidates.shape[0] != nq || (c > 1 && candidates.strides[1] != 1) ||
-      (nq > 1 && candidates.strides[0] != c))
+  if (candidates.shape[0] != nq || !is_contiguous(candidates))
     bad_value(op, "candidates have shape " + shape_text(candidates) + ", expected contiguous (" +
                       std::to_string(nq) + ", c)");
   const int64_t* p = static_cast<const int64_t*>(candidates.data);
@@ -351,8 +358,7 @@ void py_dot_candidates(const TensorView& x, const TensorView& vectors, const Opt
   const Matrix<const float> queries = floats_of(x, op);
   expect(vectors, op, "vectors", {DType::i8, DType::f16}, 2);
   const int64_t rows = vectors.shape[0], dim = vectors.shape[1];
-  if (dim != queries.cols || (dim > 1 && vectors.strides[1] != 1) ||
-      (rows > 1 && vectors.strides[0] != dim))
+  if (dim != queries.cols || !is_contiguous(vectors))
     bad_value(op, "vectors have shape " + shape_text(vectors) + ", expected contiguous (n, " +
                       std::to_string(queries.cols) + ")");
   const float* scales = column<float>(scale, op, "scale", DType::f32, rows);

@@ -44,6 +44,7 @@ class ViewHolder {
 
 std::string shape_text(const TensorView& view);
 const char* dtype_name(DType dtype);
+bool is_contiguous(const TensorView& view);
 [[noreturn]] void bad_value(const char* op, const std::string& message);
 
 // CPU memory of one of these types and this rank (-1: any).

@@ -181,15 +181,48 @@ Pool& Pool::instance() {
 
 }  // namespace
 
+// OpenMP keeps the number of threads per thread, and a new thread starts with the runtime's default.
+// The process's number is kept here. A thread takes it over when it is new, or when the number was
+// set since; a thread whose own number was changed, by torch.set_num_threads for one, passes it on.
+namespace {
+
+std::atomic<int> process_threads{0};  // 0: the runtime's default
+std::atomic<int> settings{0};         // how often process_threads was set
+thread_local int own_threads = 0;     // what this thread had when it last looked; 0: it is new
+thread_local int own_settings = 0;
+
+void publish(int n) {
+  process_threads.store(n);
+  own_threads = n;
+  own_settings = settings.fetch_add(1) + 1;
+}
+
+}  // namespace
+
 int num_threads() {
-  Pool& own = Pool::instance();  // first, so that the fork handler is in place
-  if (const OpenMP* omp = openmp()) return std::max(1, omp->max_threads());
-  return own.threads();
+  Pool& pool = Pool::instance();  // first, so that the fork handler is in place
+  const OpenMP* omp = openmp();
+  if (!omp) return pool.threads();
+  static const int fallback = omp->max_threads();
+  const int mine = std::max(1, omp->max_threads());
+  const bool changed = own_threads ? mine != own_threads : mine != fallback;
+  if (changed) {
+    publish(mine);
+  } else if (const int wanted = process_threads.load();
+             wanted && wanted != mine && (!own_threads || own_settings != settings.load())) {
+    omp->set_threads(wanted);
+    own_threads = wanted;
+    own_settings = settings.load();
+  } else {
+    own_threads = mine;
+  }
+  return own_threads;
 }
 
 void set_num_threads(int n) {
   Pool::instance().set_threads(n);
   if (const OpenMP* omp = openmp()) omp->set_threads(n);
+  publish(n);
 }
 
 const char* thread_runtime() {

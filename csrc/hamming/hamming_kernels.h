@@ -51,7 +51,7 @@ struct ScoreJob {
 };
 
 // Up to kSumQueries rows of weights against 64 dimensions (up to 8 bytes of each code).
-constexpr int kSumQueries = 4;
+constexpr int kSumQueries = 32;
 struct WeightedSumJob {
   const float* weights;
   int64_t weight_stride_q, weight_stride_n;

@@ -23,7 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     started_up = time.thread_time()
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options, started_up)
+        status = options.run(options, started_up)
+        sys.stdout.flush()  # here, so that a closed pipe shows here
+        return status
     except BrokenPipeError:  # the reader, say `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -67,10 +69,7 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     if not answer.hits:
         print(f"No passage has any word of: {question}", file=sys.stderr)
     if docs.stale:
-        renew = [
-            "pentad index",
-            *([f"--encoder {options.encoder}"] if options.encoder != "lsa" else []),
-        ]
+        renew = [f"pentad index --encoder {options.encoder}"]
         renew += [f"--package {package}" for package in docs.about["packages"]]
         renew += [f"--out {path}"] if options.file else []
         print(

@@ -5,8 +5,8 @@ Source files are parsed with `ast`; no package is imported, so nothing that is i
 run. The standard library's modules in C have no source: theirs is the only documentation taken
 from live objects (`_compiled`).
 
-Left out, because they would crowd out answers that somebody can use: folders of tests (a sixth of
-all docstrings here; helpers and fixtures named like what they test), vendored copies
+Left out, because they would crowd out answers that somebody can use: folders of tests (a tenth of
+all docstrings; fixtures and helpers named like what they test), vendored copies
 (``pip._vendor.rich`` beside ``rich``), and objects whose own name starts with an underscore.
 """
 
@@ -43,6 +43,7 @@ COMPILED = [
     *("unicodedata", "zlib"),
 ]
 
+WORTH_PROCESSES = 500  # files; starting processes takes half a second
 BUILT_IN = "built-in"  # stands for the file of what has no source
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -114,8 +115,7 @@ def restrict(sources: list[Source], packages: Iterable[str]) -> list[Source]:
 def read(sources: list[Source], *, processes: int = 1, progress: Progress | None = None) -> Corpus:
     """Read the passages of ``sources``; what cannot be read is skipped and counted by reason.
 
-    Two processes on two cores read 11,000 files in 15 s, one in 32 s; below a few hundred files
-    starting them costs more than it saves.
+    Two processes on two cores read 11,000 files in 15 s, one in 32 s.
     """
     passages: list[Passage] = []
     interfaces: list[Interface] = []
@@ -132,7 +132,7 @@ def read(sources: list[Source], *, processes: int = 1, progress: Progress | None
 
 
 def _read_all(sources: list[Source], processes: int) -> Iterator[Reading]:
-    if processes == 1 or len(sources) < 500:
+    if processes == 1 or len(sources) < WORTH_PROCESSES:
         yield from map(read_source, sources)
         return
     # Spawned, not forked: numpy's threads may already run, and a fork would copy their locks.
@@ -262,11 +262,14 @@ def _attached(node: ast.Expr | ast.Assign, scope: str) -> Iterator[tuple[str, st
     path = [_literal(part) or ast.unparse(part) for part in owner]
     if isinstance(node, ast.Assign):
         path = [scope, ast.unparse(node.targets[0])]
+    elif len(path) == 1 and "." not in path[0]:  # scipy.special._add_newdocs: of the package
+        path = [scope.rpartition(".")[0], *path]
     for member in content.elts if isinstance(content, ast.List) else [content]:
         *own, content = member.elts if isinstance(member, ast.Tuple) else [member]
         name = ".".join([*path, *map(_literal, own)])
         text = inspect.cleandoc(_literal(content))
-        if text and all(part.isidentifier() for part in name.split(".")):
+        parts = name.split(".")
+        if text and all(map(str.isidentifier, parts)) and not is_private(parts[-1]):
             yield name, text
 
 

@@ -59,15 +59,11 @@ class LsaEncoder:
         vectorizer = tfidf(len(passages))
         counted = vectorizer.fit_transform(_watched(passages, "counting words", progress))
         progress("finding concepts", 0, 0)
-        encoder = cls(
-            Strings.of(vectorizer.get_feature_names_out()),
-            vectorizer.idf_.astype(np.float32),
-            cls._project(counted),
-        )
-        vectors = np.empty((len(passages), cls.dim), np.float32)
-        for first in _watched(range(0, len(passages), 4096), "encoding", progress):
-            vectors[first : first + 4096] = counted[first : first + 4096] @ encoder.projection
-        return encoder, _unit(vectors)
+        projection = cls._project(counted)
+        progress("finding concepts", 1, 1)
+        vocabulary = Strings.of(vectorizer.get_feature_names_out())
+        encoder = cls(vocabulary, vectorizer.idf_.astype(np.float32), projection)
+        return encoder, _unit(counted @ projection)
 
     @classmethod
     def _project(cls, counted) -> np.ndarray:
@@ -136,9 +132,11 @@ class MiniLmEncoder:
         # By length, so that no batch is padded to one long text.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
         vectors = np.empty((len(texts), cls.dim), np.float32)
-        batches = [order[first : first + 64] for first in range(0, len(order), 64)]
-        for batch in _watched(batches, "encoding", progress or (lambda stage, done, total: None)):
+        for first in range(0, len(order), 64):
+            batch = order[first : first + 64]
             vectors[batch] = encoder.encode([texts[i] for i in batch])
+            if progress:
+                progress("encoding", first + len(batch), len(order))
         return encoder, vectors
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

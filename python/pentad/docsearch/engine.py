@@ -48,8 +48,8 @@ class DocIndex:
     --------
     >>> from pentad.docsearch import DocIndex
     >>> docs = DocIndex.build(["json"])
-    >>> docs.search("parse a string", k=3).hits[0].passage.name
-    'json.decoder.scanstring'
+    >>> docs.search("deserialize a string to a Python object").hits[0].passage.name
+    'json.loads'
     """
 
     def __init__(self, passages: PassageTable, encoder, index: BinaryIndex, about: dict):

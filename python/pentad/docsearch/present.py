@@ -79,8 +79,8 @@ def progress() -> Iterator[Progress]:
 
             def report(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = bars.add_task(stage, total=total or None)
-                bars.update(tasks[stage], completed=done)
+                    tasks[stage] = bars.add_task(stage, total=None)
+                bars.update(tasks[stage], completed=done, total=total or None)
 
             yield report
         return
