@@ -5,10 +5,9 @@ import random
 import sys
 
 import numpy as np
+import pentad
 import pytest
 from hypothesis import HealthCheck, settings
-
-import pentad
 
 # Derandomized, so that a red run is red again; the fixtures that hypothesis warns about only choose
 # an instruction set, which is the same for all examples.
@@ -26,7 +25,7 @@ settings.load_profile("pentad")
 def _fixed_seeds(doctest_namespace):
     doctest_namespace.update(pentad=pentad, np=np)
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - for what draws from the global generator
+    np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 

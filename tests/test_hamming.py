@@ -5,12 +5,11 @@ import itertools
 import math
 
 import numpy as np
+import pentad
 import pytest
 from cases import KINDS, LAYOUTS, MASKS, METRICS, assert_same, codes, laid_out, mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-import pentad
 from pentad.hamming import reference
 
 EPS = float(np.finfo(np.float32).eps)
@@ -75,7 +74,7 @@ def case(**changes):
     return plain | changes
 
 
-@settings(max_examples=50)
+@settings(max_examples=200)
 @given(searches())
 @example(case(n=0))
 @example(case(n=0, metric="jaccard", mask="none"))
@@ -194,7 +193,7 @@ FLOATS = (np.float32, np.float64, np.float16)
 PACKED = (*FLOATS, np.int8, np.bool_)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     st.lists(st.integers(0, 4), max_size=3),
     st.integers(0, 200),
@@ -238,7 +237,7 @@ def test_pack_refuses_nan_anywhere(isa, dtype, at):
             pentad.hamming.pack(laid_out(x, layout))
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 3), max_size=3),
     st.integers(1, 150),
@@ -260,7 +259,7 @@ def test_unpack_is_float32_by_default(rng):
 # --- Float queries --------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     st.integers(1, 70) | st.integers(1, 2100),
     st.integers(0, 300),
@@ -284,7 +283,7 @@ def test_score_is_within_its_error_budget(isa, threads, dim, n, nq, q_layout, c_
     assert_same(pentad.hamming.score(whole, db), reference.score(whole, db).astype(np.float32))
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     st.integers(1, 300),
     st.integers(0, 400),
@@ -322,8 +321,8 @@ def test_score_has_the_same_bits_for_any_batch(rng, isa, threads):
 
 
 def test_topk_score_returns_every_row_of_finite_queries(isa):
-    x = np.full((1, 8), 3e38, np.float32)  # finite, but its sums leave float32
-    db = np.array([[0b1111_1111], [0b0000_0000], [0b1111_0000]], np.uint8)
+    x = np.array([[3e38, 3e38, 0, 0, 0]], np.float32)  # finite, but its sums leave float32
+    db = np.array([[0b1100_0000], [0b0000_0000], [0b1000_0000]], np.uint8)
     scores, ids = pentad.hamming.topk_score(x, db, 3)
     assert ids.tolist() == [[0, 2, 1]]
     assert_same(scores, np.array([[np.inf, 0, -np.inf]], np.float32))
@@ -341,7 +340,7 @@ def test_score_and_weighted_sum_take_any_leading_shape(rng, lead):
     np.testing.assert_allclose(sums, reference.weighted_sum(scores, db, 50), atol=1e-3)
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     st.integers(1, 300),
     st.integers(0, 400),
@@ -388,7 +387,7 @@ def test_scores_have_no_limit_on_the_width(rng):
 # --- Hyperdimensional arithmetic ------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(st.integers(1, 200), st.integers(-500, 500), st.sampled_from(LAYOUTS), seeds)
 @example(5, 10**30, "plain", 0)
 @example(5, -(10**30), "plain", 0)
@@ -404,7 +403,7 @@ def test_permute_ignores_set_padding_bits():
     assert pentad.hamming.permute(np.array([0b1000_0111], np.uint8), 5, 1).tolist() == [0b0100_0000]
 
 
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     st.lists(st.integers(0, 3), max_size=2),
     st.integers(1, 8) | st.integers(1, 200),
@@ -482,7 +481,7 @@ REFUSED = {
     "distance of objects": (lambda: H.distance(U8.astype(object), U8), TypeError, "dtype object"),
     "distance of structures": (lambda: H.distance(STRUCTURED, U8), TypeError, "dtype"),
     "distance of a list": (lambda: H.distance([[1]], U8), TypeError, "a is list"),
-    "distance of None": (lambda: H.distance(None, U8), (TypeError, AttributeError), None),
+    "distance of None": (lambda: H.distance(None, U8), TypeError, "a is NoneType"),
     "distance of widths": (lambda: H.distance(U8, U8[:, :3]), ValueError, "4 bytes.*have 3"),
     "distance of no width": (lambda: H.distance(U8[:, :0], U8[:, :0]), ValueError, "0 bytes"),
     "distance of rank 1": (lambda: H.distance(U8[0], U8), ValueError, "a has shape"),

@@ -61,9 +61,9 @@ int main(int argc, char** argv) {
 
   std::vector<uint8_t> memory(quick ? 64 << 20 : 512 << 20, 1);
   const double read = memory.size() / median_seconds(rounds, [&] {
-    volatile uint64_t sum = stream_read(memory.data(), memory.size());
-    (void)sum;
-  });
+                        volatile uint64_t sum = stream_read(memory.data(), memory.size());
+                        (void)sum;
+                      });
   std::printf("%d threads, %s; read bandwidth %.1f GB/s\n\n", num_threads(), thread_runtime(),
               read / 1e9);
   std::printf("level  bits  queries     k   G pairs/s   GB/s of codes\n");

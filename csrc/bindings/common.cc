@@ -33,8 +33,9 @@ void bind_common(py::module_& m) {
   m.def("set_isa", [](const std::string& level) { set_isa(isa_from_name(level.c_str())); });
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int n) {
-    if (n < 1) throw std::invalid_argument("[set_num_threads] n is " + std::to_string(n) +
-                                           ", expected at least 1");
+    if (n < 1)
+      throw std::invalid_argument("[set_num_threads] n is " + std::to_string(n) +
+                                  ", expected at least 1");
     set_num_threads(n);
   });
   m.def("thread_runtime", [] { return std::string(thread_runtime()); });

@@ -61,7 +61,8 @@ Blocks blocks_of(const TensorView& view, int64_t rows, const char* op) {
   return {static_cast<const uint16_t*>(view.data), nullptr, rows, view.shape[1]};
 }
 
-// Row-major uint8 codes (n, bytes), or blocks with `rows` valid rows. `bytes` is the queries' width.
+// Row-major uint8 codes (n, bytes), or blocks with `rows` valid rows. `bytes` is the queries'
+// width.
 Database database_of(const TensorView& view, int64_t rows, const Optional& ones,
                      const Optional& mask, const Optional& ids, int64_t bytes, Metric metric,
                      const char* op) {
@@ -109,8 +110,8 @@ void check_positions(const int64_t* positions, int64_t count, int64_t rows, int6
                      const char* op, const char* name) {
   for (int64_t i = 0; i < count; ++i)
     if (positions[i] < lowest || positions[i] >= rows)
-      bad_value(op, std::string(name) + " holds " + std::to_string(positions[i]) + ", but there are " +
-                        std::to_string(rows) + " rows");
+      bad_value(op, std::string(name) + " holds " + std::to_string(positions[i]) +
+                        ", but there are " + std::to_string(rows) + " rows");
 }
 
 // Offsets, in elements, of the rows that the last dimension's vectors form.
@@ -128,7 +129,7 @@ std::vector<int64_t> row_offsets(const TensorView& view) {
 
 Rows rows_of(const TensorView& view, const std::vector<int64_t>& offsets) {
   const int last = view.rank - 1;
-  return {view.data, view.dtype, offsets.data(), static_cast<int64_t>(offsets.size()),
+  return {view.data,        view.dtype,        offsets.data(), static_cast<int64_t>(offsets.size()),
           view.shape[last], view.strides[last]};
 }
 
@@ -143,12 +144,11 @@ void expect_rows(const TensorView& out, const TensorView& in, int64_t last, DTyp
   if (!fits) bad_value(op, "out has shape " + shape_text(out) + " or strides that do not fit");
 }
 
-// The nearest number with this many bits of fraction and this least exponent: a threshold is compared
-// in x's own type, as numpy and torch do.
+// The nearest number with this many bits of fraction and this least exponent: a threshold is
+// compared in x's own type, as numpy and torch do.
 double rounded(double x, int fraction_bits, int least_exponent, double largest) {
   if (x == 0 || !std::isfinite(x)) return x;
-  const double unit =
-      std::ldexp(1.0, std::max(std::ilogb(x), least_exponent) - fraction_bits);
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), least_exponent) - fraction_bits);
   const double nearest = std::nearbyint(x / unit) * unit;
   return std::abs(nearest) > largest ? std::copysign(INFINITY, x) : nearest;
 }
@@ -170,8 +170,8 @@ void py_unpack(const TensorView& codes, int64_t dim, const TensorView& out) {
   constexpr const char* op = "hamming.unpack";
   expect(codes, op, "codes", {DType::u8}, -1);
   if (codes.rank < 1 || dim < 0 || codes.shape[codes.rank - 1] != (dim + 7) / 8)
-    bad_value(op, "codes have shape " + shape_text(codes) + ", which is not dim " +
-                      std::to_string(dim));
+    bad_value(
+        op, "codes have shape " + shape_text(codes) + ", which is not dim " + std::to_string(dim));
   expect(out, op, "out", {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8}, -1);
   expect_rows(out, codes, dim, out.dtype, op);
   const std::vector<int64_t> offsets = row_offsets(codes);
@@ -182,8 +182,8 @@ void py_permute(const TensorView& codes, int64_t dim, int64_t shift, const Tenso
   constexpr const char* op = "hamming.permute";
   expect(codes, op, "codes", {DType::u8}, -1);
   if (codes.rank < 1 || dim < 0 || codes.shape[codes.rank - 1] != (dim + 7) / 8)
-    bad_value(op, "codes have shape " + shape_text(codes) + ", which is not dim " +
-                      std::to_string(dim));
+    bad_value(
+        op, "codes have shape " + shape_text(codes) + ", which is not dim " + std::to_string(dim));
   expect_rows(out, codes, (dim + 7) / 8, DType::u8, op);
   const std::vector<int64_t> offsets = row_offsets(codes);
   permute(rows_of(codes, offsets), dim, shift, static_cast<uint8_t*>(out.data));
@@ -209,8 +209,7 @@ void py_topk(const TensorView& queries, const TensorView& database_view, int64_t
   constexpr const char* op = "hamming.topk";
   const Metric metric = metric_from(metric_name, op);
   const Matrix<const uint8_t> q = codes_of(queries, op, "queries");
-  const Database database =
-      database_of(database_view, rows, ones, mask, ids, q.cols, metric, op);
+  const Database database = database_of(database_view, rows, ones, mask, ids, q.cols, metric, op);
   const int64_t k = values.rank == 2 ? values.shape[1] : 0;
   expect_output(values, op, "values", value_type(metric), {q.rows, k});
   expect_output(out_ids, op, "ids", DType::i64, {q.rows, k});
@@ -228,12 +227,10 @@ std::unique_ptr<RangeResult> py_range(const TensorView& queries, const TensorVie
   constexpr const char* op = "hamming.range_search";
   const Metric metric = metric_from(metric_name, op);
   const Matrix<const uint8_t> q = codes_of(queries, op, "queries");
-  const Database database =
-      database_of(database_view, rows, ones, mask, ids, q.cols, metric, op);
+  const Database database = database_of(database_view, rows, ones, mask, ids, q.cols, metric, op);
   if (!offsets) return std::make_unique<RangeResult>(q, database, metric, radius);
-  return std::make_unique<RangeResult>(q, database,
-                                       ranges_of(offsets, begin, end, q.rows, database, op), metric,
-                                       radius);
+  return std::make_unique<RangeResult>(
+      q, database, ranges_of(offsets, begin, end, q.rows, database, op), metric, radius);
 }
 
 Matrix<const float> floats_of(const TensorView& x, const char* op) {
@@ -277,8 +274,8 @@ void py_weighted_sum(const TensorView& weights, const TensorView& codes, int64_t
   expect(weights, op, "weights", {DType::f32}, 3);
   expect(codes, op, "codes", {DType::u8}, 3);
   if (weights.shape[0] != codes.shape[0] || weights.shape[2] != codes.shape[1])
-    bad_value(op, "weights have shape " + shape_text(weights) + " but codes have " +
-                      shape_text(codes));
+    bad_value(op,
+              "weights have shape " + shape_text(weights) + " but codes have " + shape_text(codes));
   if (dim < 1 || codes.shape[2] != (dim + 7) / 8)
     bad_value(op, "codes have " + std::to_string(codes.shape[2]) +
                       " bytes per row, which is not dim " + std::to_string(dim));

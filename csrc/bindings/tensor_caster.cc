@@ -149,8 +149,8 @@ void ViewHolder::borrow(py::handle object) {
 }
 
 const char* dtype_name(DType dtype) {
-  static const char* const names[] = {"uint8",  "int8",    "uint16",   "int16",   "uint32",
-                                      "int32",  "uint64",  "int64",    "float16", "bfloat16",
+  static const char* const names[] = {"uint8",   "int8",    "uint16", "int16",   "uint32",
+                                      "int32",   "uint64",  "int64",  "float16", "bfloat16",
                                       "float32", "float64", "bool"};
   return names[static_cast<int>(dtype)];
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The one way in for arrays: DLPack's C exchange API (torch >= 2.10, 0.05 us), else the buffer
-// protocol (numpy), else __dlpack__(). Nothing is copied and no framework is linked. The view borrows
-// from the argument, and lives as long as the call.
+// protocol (numpy), else __dlpack__(). Nothing is copied and no framework is linked. The view
+// borrows from the argument, and lives as long as the call.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,7 +40,8 @@ class ViewHolder {
   pybind11::object capsule_;
 };
 
-// --- Checks, each in one place. `op` and `name` begin the message: "[hamming.topk] codes ..." -------
+// --- Checks, each in one place. `op` and `name` begin the message: "[hamming.topk] codes ..."
+// -------
 
 std::string shape_text(const TensorView& view);
 const char* dtype_name(DType dtype);

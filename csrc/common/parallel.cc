@@ -41,7 +41,6 @@ struct Region {
   std::atomic<bool> failed{false};
   std::exception_ptr error;
 
-
   void work() {
     inside_region = true;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
@@ -127,7 +126,8 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins = 2000;  // a few microseconds: regions often follow each other closely
+  static constexpr int kSpins =
+      2000;  // a few microseconds: regions often follow each other closely
 
   void serve(int index, uint64_t seen) {
     for (;;) {
@@ -158,8 +158,8 @@ class Pool {
 
 std::atomic<Pool*> pool{nullptr};
 
-// Workers do not survive a fork, and a lock may have been held: the child gets a fresh pool, the old
-// one is left where it is.
+// Workers do not survive a fork, and a lock may have been held: the child gets a fresh pool, the
+// old one is left where it is.
 void in_child() {
   Pool* old = pool.load();
   forked.store(true);
@@ -181,9 +181,10 @@ Pool& Pool::instance() {
 
 }  // namespace
 
-// OpenMP keeps the number of threads per thread, and a new thread starts with the runtime's default.
-// The process's number is kept here. A thread takes it over when it is new, or when the number was
-// set since; a thread whose own number was changed, by torch.set_num_threads for one, passes it on.
+// OpenMP keeps the number of threads per thread, and a new thread starts with the runtime's
+// default. The process's number is kept here. A thread takes it over when it is new, or when the
+// number was set since; a thread whose own number was changed, by torch.set_num_threads for one,
+// passes it on.
 namespace {
 
 std::atomic<int> process_threads{0};  // 0: the runtime's default

@@ -9,7 +9,8 @@
 namespace pentad {
 
 void start_hits(HitBuffer& buffer, int64_t k, uint32_t limit, bool ordered) {
-  // Twice k makes each selection pay for k insertions; the slack keeps small k from selecting often.
+  // Twice k makes each selection pay for k insertions; the slack keeps small k from selecting
+  // often.
   buffer.capacity = k > 0 ? 2 * k + 16 : 0;
   buffer.items = k > 0 ? static_cast<Hit*>(std::malloc(sizeof(Hit) * buffer.capacity)) : nullptr;
   if (k > 0 && !buffer.items) throw std::bad_alloc();

@@ -23,9 +23,9 @@ struct HitBuffer {
   Hit* items = nullptr;
   int64_t size = 0;
   int64_t capacity = 0;
-  int64_t k = 0;       // 0: a range search, keep everything
-  uint32_t limit = 0;  // a hit has key < limit
-  bool ordered = true; // ids rise along the scan, so a later key equal to the k-th cannot win
+  int64_t k = 0;        // 0: a range search, keep everything
+  uint32_t limit = 0;   // a hit has key < limit
+  bool ordered = true;  // ids rise along the scan, so a later key equal to the k-th cannot win
 };
 
 // Makes room in a full buffer, as described above. Throws std::bad_alloc when it cannot grow.

@@ -18,7 +18,7 @@
 //
 // Every search has a total order, (value, id) with ties to the smaller id, so results do not depend
 // on threads or batching. What limits the kernels: many queries, the vector ALU (2.6 instructions
-// per 512 bits of a pair, see hamming_simd.inc); one query, memory bandwidth.
+// per 512 bits of a pair, see hamming_search_simd.inc); one query, memory bandwidth.
 #pragma once
 #include <cstdint>
 
@@ -29,18 +29,21 @@ namespace pentad::hamming {
 
 enum class Metric : int { hamming, jaccard, intersection };
 
-// Counts are kept in 16-bit lanes; 65,472 = 4092 words of 16 bits, and every key stays below 65,535.
+// Counts are kept in 16-bit lanes; 65,472 = 4092 words of 16 bits, and every key stays below
+// 65,535.
 constexpr int64_t kMaxBytes = 8184;
 
-// --- The blocked layout ---------------------------------------------------------------------------
-// Rows are grouped in blocks of 32. Word w (16 bits, the bytes 2w and 2w + 1) of the block's 32 codes
-// stands together: uint16 block[words][32]. So one 64-byte row is one zmm register with a lane per
-// code, a tile of queries is compared with it without any horizontal sum, and one comparison checks
-// 32 results. `words` is a multiple of four.
+// --- The blocked layout
+// --------------------------------------------------------------------------- Rows are grouped in
+// blocks of 32. Word w (16 bits, the bytes 2w and 2w + 1) of the block's 32 codes stands together:
+// uint16 block[words][32]. So one 64-byte row is one zmm register with a lane per code, a tile of
+// queries is compared with it without any horizontal sum, and one comparison checks 32 results.
+// `words` is a multiple of four.
 //
 // A row holds not word w itself but the xor of the words 0..w of each code: the parity of differing
-// bits, which the scan needs after every word, is then one xor away (hamming_simd.inc), and the word
-// is the xor of two rows. Words past the code's end repeat the last; missing rows are zero.
+// bits, which the scan needs after every word, is then one xor away (hamming_search_simd.inc), and
+// the word is the xor of two rows. Words past the code's end repeat the last; missing rows are
+// zero.
 constexpr int64_t kBlockRows = 32;
 inline int64_t words_for(int64_t bytes) { return (bytes + 7) / 8 * 4; }
 
@@ -61,29 +64,31 @@ void to_blocks(const Matrix<const uint8_t>& codes, uint16_t* blocks, uint16_t* o
 void from_blocks(const Blocks& blocks, const int64_t* positions, int64_t count,
                  const Matrix<uint8_t>& codes);
 
-// --- What is searched -----------------------------------------------------------------------------
-// Either row-major codes, which are brought into blocks chunk by chunk on the way, or blocks.
+// --- What is searched
+// ----------------------------------------------------------------------------- Either row-major
+// codes, which are brought into blocks chunk by chunk on the way, or blocks.
 struct Database {
-  Matrix<const uint8_t> codes;     // used where blocks.data is null
+  Matrix<const uint8_t> codes;  // used where blocks.data is null
   Blocks blocks;
-  const uint8_t* mask = nullptr;   // (rows), nonzero: may be returned; null: all may
-  const int64_t* ids = nullptr;    // (rows), any order; null: the row number
+  const uint8_t* mask = nullptr;  // (rows), nonzero: may be returned; null: all may
+  const int64_t* ids = nullptr;   // (rows), any order; null: the row number
 
   int64_t rows() const { return blocks.data ? blocks.rows : codes.rows; }
 };
 
-// A set of half-open row ranges per query, for searches that visit a part of the rows (IVF): query q
-// visits ranges [begin[i], end[i]) for i in [offsets[q], offsets[q + 1]). Each begin is a multiple of
-// kBlockRows.
+// A set of half-open row ranges per query, for searches that visit a part of the rows (IVF): query
+// q visits ranges [begin[i], end[i]) for i in [offsets[q], offsets[q + 1]). Each begin is a
+// multiple of kBlockRows.
 struct Ranges {
   const int64_t* offsets = nullptr;
   const int64_t* begin = nullptr;
   const int64_t* end = nullptr;
 };
 
-// --- Entries ----------------------------------------------------------------------------------------
-// values (int32, or float32 for jaccard) and ids are (queries.rows, k), contiguous. Where fewer than
-// k rows qualify the id is -1 and the value INT32_MAX, +inf or (intersection) -1.
+// --- Entries
+// ---------------------------------------------------------------------------------------- values
+// (int32, or float32 for jaccard) and ids are (queries.rows, k), contiguous. Where fewer than k
+// rows qualify the id is -1 and the value INT32_MAX, +inf or (intersection) -1.
 void topk(const Matrix<const uint8_t>& queries, const Database& database, Metric metric, int64_t k,
           void* values, int64_t* ids);
 void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,
@@ -151,7 +156,8 @@ struct Rows {
   const int64_t* offsets;  // (rows)
   int64_t rows, dim, stride;
 };
-// codes (x.rows, ceil(dim / 8)), contiguous: bit = x > threshold. Returns false where a NaN was met.
+// codes (x.rows, ceil(dim / 8)), contiguous: bit = x > threshold. Returns false where a NaN was
+// met.
 bool pack(const Rows& x, double threshold, uint8_t* codes);
 // codes: u8 rows -> out (rows, dim) contiguous, of dtype, +-1.
 void unpack(const Rows& codes, int64_t dim, DType dtype, void* out);

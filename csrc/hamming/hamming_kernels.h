@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner kernels that exist once per instruction-set level (hamming_simd.inc), as plain structs
-// and function pointers. hamming.cc drives them: it tiles, splits over threads and merges.
+// The inner kernels that exist once per instruction-set level (hamming_search_simd.inc), as plain
+// structs and function pointers. hamming.cc drives them: it tiles, splits over threads and merges.
 #pragma once
 #include <stdint.h>
 
@@ -20,10 +20,10 @@ static constexpr int tile_width(int64_t queries_left) {
 struct ScanJob {
   const uint16_t* blocks;  // uint16 [blocks][words][32]
   int64_t words;
-  int64_t rows;            // valid rows of the chunk
-  const uint32_t* live;    // one bit per row, per block; null: all rows
-  const uint16_t* ones;    // popcounts, per row (jaccard)
-  const int64_t* ids;      // per row; null: first_id + row
+  int64_t rows;          // valid rows of the chunk
+  const uint32_t* live;  // one bit per row, per block; null: all rows
+  const uint16_t* ones;  // popcounts, per row (jaccard)
+  const int64_t* ids;    // per row; null: first_id + row
   int64_t first_id;
   const uint32_t* queries;  // tiles, see above; xor-prefixed for hamming
   const uint16_t* query_ones;
@@ -75,6 +75,11 @@ struct Kernels {
   void (*distance_intersection)(const DistanceJob&);
   void (*distance_jaccard)(const DistanceJob&);
   void (*score)(const ScoreJob&);
+  // One row-major query against row-major codes of unit column stride, without blocks.
+  void (*row_counts)(const uint8_t* query, const Matrix<const uint8_t>& codes, uint16_t* counts);
+  // Appends the rows whose count is under the buffer's limit.
+  void (*select_smallest)(const uint16_t* counts, int64_t rows, const uint32_t* live,
+                          const int64_t* ids, int64_t first_id, HitBuffer&);
   // Appends the rows whose cost, -value, is under the buffer's limit.
   void (*select_largest)(const float* values, int64_t rows, const uint32_t* live,
                          const int64_t* ids, int64_t first_id, HitBuffer&);

@@ -8,15 +8,15 @@ import numpy as np
 from pentad._errors import DeviceError
 
 
-def is_numpy(op: str, **arrays) -> bool:
+def is_numpy(op: str, *, optional=(), **arrays) -> bool:
     """Whether the named arguments are numpy arrays (True) or torch tensors (False); not a mixture.
 
-    None is passed over. Raises TypeError for anything else, DeviceError for tensors on different
+    Those named in `optional` may be None. Raises TypeError for anything else, DeviceError for tensors on different
     devices or on one that no kernel serves.
     """
     kinds = {}
     for name, array in arrays.items():
-        if array is None:
+        if array is None and name in optional:
             continue
         if isinstance(array, np.ndarray):
             kinds[name] = "numpy"

@@ -51,7 +51,7 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     imported = time.perf_counter()
     path = options.file or default_path(options.encoder)
     if options.file is None and not path.exists():
-        print(f"No index yet: building {path}, once, in about half a minute.", file=sys.stderr)
+        print(f"No index yet: building {path}, once.", file=sys.stderr)
         _build(path, options.encoder, ())
     opened = time.perf_counter()
     docs = DocIndex.load(path)
@@ -85,6 +85,7 @@ def _build(path: Path, encoder: str, packages) -> None:
     from .docsearch import DocIndex, present
 
     start = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be saved need not be built
     with present.progress() as progress:
         docs = DocIndex.build(
             packages, encoder=encoder, processes=os.cpu_count() or 1, progress=progress

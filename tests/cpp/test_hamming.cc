@@ -23,10 +23,11 @@ struct Sample {
   int64_t dim, n;
   std::vector<std::vector<double>> vectors;
   std::vector<Code> codes;
-  std::vector<uint8_t> flat;     // (n, bytes)
-  std::vector<float> values;     // (n, dim)
+  std::vector<uint8_t> flat;  // (n, bytes)
+  std::vector<float> values;  // (n, dim)
 
   Sample(int64_t dim, int64_t n) : dim(dim), n(n) {
+    flat.reserve(1), values.reserve(1);  // addresses even without rows
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < n; ++i) {
       std::vector<double> vector(dim);

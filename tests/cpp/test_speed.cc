@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every level must be faster than plain scalar code by a margin that only vector code reaches. Other
-// load on the machine only ever slows a run down, so the best of many short runs is compared.
+// Every level must be faster than plain scalar code by a margin that only vector code reaches.
+// Other load on the machine only ever slows a run down, so the best of many short runs is compared.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -76,8 +76,8 @@ int main() {
   for (Isa level : isa_available()) {
     set_isa(level);
     const double fast = best_seconds([&] {
-      hamming::distance({a.data(), kQueries, kBytes, kBytes, 1}, {b.data(), kRows, kBytes, kBytes, 1},
-                        hamming::Metric::hamming, out.data());
+      hamming::distance({a.data(), kQueries, kBytes, kBytes, 1},
+                        {b.data(), kRows, kBytes, kBytes, 1}, hamming::Metric::hamming, out.data());
     });
     CHECK(out == expected, name(level));
     std::printf("%-5s %5.1f times the scalar code, %.3f G pairs/s\n", name(level), slow / fast,

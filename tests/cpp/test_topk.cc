@@ -42,7 +42,8 @@ void keeps_the_k_best(bool ordered) {
         const int64_t expected = std::min(k, n);
         CHECK(buffer.size == expected, k, n, range, buffer.size);
         for (int64_t i = 0; i < std::min(expected, buffer.size); ++i)
-          CHECK(buffer.items[i].key == all[i].key && buffer.items[i].id == all[i].id, k, n, range, i);
+          CHECK(buffer.items[i].key == all[i].key && buffer.items[i].id == all[i].id, k, n, range,
+                i);
         free_hits(buffer);
       }
     }
@@ -61,8 +62,8 @@ void a_range_search_keeps_all() {
 
 void float_keys_keep_the_order() {
   const float infinity = std::numeric_limits<float>::infinity();
-  const std::vector<float> rising = {-infinity, -3e38f, -1.0f, -1e-45f, 0.0f, 1e-45f, 1.0f, 3e38f,
-                                     infinity};
+  const std::vector<float> rising = {-infinity, -3e38f, -1.0f, -1e-45f, 0.0f,
+                                     1e-45f,    1.0f,   3e38f, infinity};
   for (size_t i = 0; i < rising.size(); ++i) {
     CHECK(float_from_key(key_from_float(rising[i])) == rising[i], rising[i]);
     if (i) CHECK(key_from_float(rising[i - 1]) < key_from_float(rising[i]), rising[i]);

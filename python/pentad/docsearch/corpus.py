@@ -87,8 +87,9 @@ def sources(folders: list[str] | None = None) -> list[Source]:
             found += _distribution_sources(distribution, folders)
         except (ValueError, TypeError, LookupError, OSError, csv.Error):
             found.append(Source("", "", "unknown"))  # broken records: counted as unreadable
-    # Two distributions may list the same file, as the parts of a namespace package do.
-    return list({(source.path, source.module): source for source in found}.values())
+    # Two distributions may list the same file, as the parts of a namespace package do. Sorted, as
+    # equal scores are told apart by position and folders are listed in any order.
+    return sorted({(source.path, source.module): source for source in found}.values())
 
 
 def restrict(sources: list[Source], packages: Iterable[str]) -> list[Source]:

