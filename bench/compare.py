@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import format_seconds
 from rich.console import Console
 from rich.table import Table
+
+from harness import format_seconds
 
 SAME_MACHINE = ("cpu", "cores", "isa", "threads", "thread_runtime")
 

@@ -25,8 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import hamming_model
 import numpy as np
+
+import hamming_model
 from hamming_data import distance_blocks, nearest, random_codes
 from harness import Call, Case, Contender, Target, main
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
 from hamming_data import random_codes, signs
 from harness import Call, Case, Contender
 

@@ -27,10 +27,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import bandwidth
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+import bandwidth
 
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parent.parent

@@ -5,9 +5,10 @@ import random
 import sys
 
 import numpy as np
-import pentad
 import pytest
 from hypothesis import HealthCheck, settings
+
+import pentad
 
 # Derandomized, so that a red run is red again; the fixtures that hypothesis warns about only choose
 # an instruction set, which is the same for all examples.

@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 
-import pentad
 import pytest
+
+import pentad
 from pentad import cli, docsearch
 from pentad.docsearch import DocIndex, engine
 

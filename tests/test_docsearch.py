@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from pentad import FormatError, _file
 from pentad.docsearch import DocIndex, LsaEncoder, MiniLmEncoder, corpus, engine, recall
 from pentad.docsearch.encoders import rotation, tfidf

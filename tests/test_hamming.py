@@ -5,11 +5,12 @@ import itertools
 import math
 
 import numpy as np
-import pentad
 import pytest
 from cases import KINDS, LAYOUTS, MASKS, METRICS, assert_same, codes, laid_out, mask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+import pentad
 from pentad.hamming import reference
 
 EPS = float(np.finfo(np.float32).eps)
@@ -145,9 +146,7 @@ def test_the_widest_codes_count_to_their_last_bit(isa, metric):
     db = np.stack([np.full(dim // 8, byte, np.uint8) for byte in (0, 255, 1, 254)])
     want = reference.distance(db, db, metric)
     assert_same(pentad.hamming.distance(db, db, metric=metric), want)
-    assert_same(
-        pentad.hamming.topk(db, db, 5, metric=metric), reference.topk(db, db, 5, metric)
-    )
+    assert_same(pentad.hamming.topk(db, db, 5, metric=metric), reference.topk(db, db, 5, metric))
     for radius in (0, dim - 1, dim, dim + 1, 1e9):
         assert_same(
             pentad.hamming.range_search(db, db, radius, metric=metric),
@@ -497,7 +496,11 @@ REFUSED = {
     "topk float k": (lambda: H.topk(U8, U8, 2.0), TypeError, "k is 2.0"),
     "topk text k": (lambda: H.topk(U8, U8, "2"), TypeError, "k is '2'"),
     "topk no k": (lambda: H.topk(U8, U8, None), TypeError, "k is None"),
-    "topk widths": (lambda: H.topk(U8[:, :2], U8, 1), ValueError, r"\[hamming.topk\] queries have 2"),
+    "topk widths": (
+        lambda: H.topk(U8[:, :2], U8, 1),
+        ValueError,
+        r"\[hamming.topk\] queries have 2",
+    ),
     "topk mask length": (lambda: H.topk(U8, U8, 1, mask=np.ones(4, bool)), ValueError, "mask has"),
     "topk mask rank": (lambda: H.topk(U8, U8, 1, mask=np.ones((3, 1), bool)), ValueError, "mask"),
     "topk mask dtype": (lambda: H.topk(U8, U8, 1, mask=np.ones(3)), TypeError, "mask has dtype"),

@@ -4,12 +4,13 @@
 import threading
 
 import numpy as np
-import pentad
 import pytest
 from cases import METRICS, assert_same, codes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import pentad
 from pentad.hamming import BinaryIndex, BinaryIVFIndex, reference
 
 STORES = (None, "int8", "float16")
@@ -444,7 +445,11 @@ REFUSED = {
     "search rescore codes": (lambda i: i.search(C, 1, rescore="bits"), TypeError, "float queries"),
     "search oversample": (lambda i: i.search(V, 1, oversample=0), ValueError, "oversample is 0"),
     "search oversample type": (lambda i: i.search(V, 1, oversample=1.5), TypeError, "oversample"),
-    "search filter length": (lambda i: i.search(V, 1, filter=np.ones(3, bool)), ValueError, "filter"),
+    "search filter length": (
+        lambda i: i.search(V, 1, filter=np.ones(3, bool)),
+        ValueError,
+        "filter",
+    ),
     "search filter rank": (
         lambda i: i.search(V, 1, filter=np.ones((10, 1), bool)),
         ValueError,
@@ -592,7 +597,9 @@ def test_searches_beside_adds_see_one_state(rng, cls, rising):
     for size in range(0, n + 1, batch):
         order = np.argsort(ids[:size])
         rows = pentad.hamming.pack(vectors[:size][order])
-        wants.add(b"".join(p.tobytes() for p in expected_search(ids[order], rows, packed, k, "hamming")))
+        wants.add(
+            b"".join(p.tobytes() for p in expected_search(ids[order], rows, packed, k, "hamming"))
+        )
 
     def add():
         for first in range(0, n, batch):

@@ -443,7 +443,9 @@ def test_fake_and_meta_tensors_have_the_true_shapes(inputs, name):
     with mode:
         fakes = CALLS[name]({k: mode.from_tensor(t) for k, t in to_torch(inputs).items()})
     metas = CALLS[name]({k: t.to("meta") for k, t in to_torch(inputs).items()})
-    pairs = zip(want, fakes, metas, strict=True) if isinstance(want, tuple) else [(want, fakes, metas)]
+    pairs = (
+        zip(want, fakes, metas, strict=True) if isinstance(want, tuple) else [(want, fakes, metas)]
+    )
     for real, fake, meta in pairs:
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
         assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
@@ -588,7 +590,7 @@ def test_any_dlpack_object(inputs, maker, options):
     none = [None] * 4
     _C.hamming_topk(q, db, -1, None, mask, *none, "hamming", values, Lender(ids, **options))
     assert_same((values, ids), H.topk(inputs["q"], inputs["db"], 5, mask=inputs["mask"]))
-    strided = Lender(maker(inputs["x"].copy())[::2, ::-1 if maker is np.asarray else 1], **options)
+    strided = Lender(maker(inputs["x"].copy())[::2, :: -1 if maker is np.asarray else 1], **options)
     out = np.zeros((3, 10), np.uint8)
     _C.hamming_pack(strided, 0.0, out)
     assert_same(out, H.pack(inputs["x"][::2, :: -1 if maker is np.asarray else 1]))
@@ -653,7 +655,10 @@ def capsule(name):
     import ctypes
 
     new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    new.restype, new.argtypes = (
+        ctypes.py_object,
+        [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+    )
     return new(1, name, None)
 
 
@@ -797,7 +802,9 @@ def hostile_calls():
         "topk mask rank": topk(mask=z((70, 1), bool)),
         "topk ids length": topk(ids_in=z(69, np.int64)),
         "topk ids type": topk(ids_in=z(70, np.int32)),
-        "topk jaccard without ones": topk(blocks, 70, metric="jaccard", values=z((3, 4), np.float32)),
+        "topk jaccard without ones": topk(
+            blocks, 70, metric="jaccard", values=z((3, 4), np.float32)
+        ),
         "topk jaccard short ones": topk(
             blocks, 70, ones[:69], metric="jaccard", values=z((3, 4), np.float32)
         ),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a built wheel: what its extension links, and that it works beside numpy alone.
 
-    python tools/check_wheel.py dist/pentad-*.whl
+python tools/check_wheel.py dist/pentad-*.whl
 """
 
 import re
@@ -15,7 +15,7 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = re.compile(r"(libstdc\+\+|libgcc_s|libc|libm|libdl|libpthread|librt|ld-linux-.*)\.so\.\d+")
+ALLOWED = re.compile(r"(libstdc\+\+|libgcc_s|lib(c|m|dl|pthread|rt)|ld-linux-.*)\.so\.\d+")
 
 USE = """
 import sys

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job on real input: index the documentation of everything installed, then ask.
 
-    python tools/demo.py            # all packages
-    python tools/demo.py --small    # four modules of the standard library, for a smoke run
+python tools/demo.py            # all packages
+python tools/demo.py --small    # four modules of the standard library, for a smoke run
 """
 
 import subprocess
@@ -21,7 +21,9 @@ SMALL = ["json", "gzip", "glob", "pathlib"]
 def pentad(*arguments: str, capture: bool = False) -> str:
     command = [sys.executable, "-m", "pentad", *arguments]
     print(f"$ pentad {' '.join(arguments)}", flush=True)
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
+    done = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE if capture else None
+    )
     if capture:
         print(done.stdout, flush=True)
     return done.stdout

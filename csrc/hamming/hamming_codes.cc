@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The blocked layout, and what works on one code at a time.
+#include <atomic>
+
 #include "hamming/hamming_drive.h"
 
 namespace pentad::hamming {

@@ -2,7 +2,6 @@
 // What the drivers share: chunks of codes that stay in cache, splitting over threads, merging.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -126,30 +125,29 @@ template <class Search, class Write>
 void search_topk(const Plan& plan, int64_t nq, int64_t rows, int64_t k, uint32_t limit,
                  bool ordered, const Search& search, const Write& write) {
   std::vector<std::unique_ptr<Hits>> found(plan.groups * plan.slices);
-  std::vector<std::atomic<int64_t>> left(plan.groups);
-  for (auto& count : left) count.store(plan.slices);
   parallel_for(plan.groups * plan.slices, [&](int64_t task) {
-    const int64_t g = task / plan.slices, s = task % plan.slices;
-    const int64_t q0 = g * plan.group, count = std::min(plan.group, nq - q0);
-    const int64_t row = std::min(rows, s * plan.slice_rows);
+    const int64_t q0 = task / plan.slices * plan.group, count = std::min(plan.group, nq - q0);
+    const int64_t row = std::min(rows, task % plan.slices * plan.slice_rows);
     found[task] = std::make_unique<Hits>(count, k, limit, ordered);
-    search(q0, count, row, std::min(rows, row + plan.slice_rows), found[task]->data());
-    if (left[g].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    // The last slice of the group to end merges it. A slice's equal keys come from larger ids only
-    // by accident of the split, so the merge admits ties and the sort decides.
-    HitBuffer* first = found[g * plan.slices]->data();
+    HitBuffer* hits = found[task]->data();
+    search(q0, count, row, std::min(rows, row + plan.slice_rows), hits);
+    if (plan.slices > 1) return;
     for (int64_t q = 0; q < count; ++q) {
-      HitBuffer& all = first[q];
-      if (plan.slices > 1) {
-        all.ordered = false;
-        all.limit = limit;
-        for (int64_t other = 1; other < plan.slices; ++other)
-          merge(all, found[g * plan.slices + other]->data()[q]);
-      }
-      finish_hits(all);
-      write(q0 + q, all);
+      finish_hits(hits[q]);
+      write(q0 + q, hits[q]);
     }
-    for (int64_t other = 0; other < plan.slices; ++other) found[g * plan.slices + other].reset();
+    found[task].reset();  // many groups do not all stay in memory
+  });
+  if (plan.slices == 1) return;
+  parallel_for(nq, [&](int64_t q) {
+    const std::unique_ptr<Hits>* slices = &found[q / plan.group * plan.slices];
+    HitBuffer& all = slices[0]->data()[q % plan.group];
+    // Equal keys of another slice may have the smaller id: admit ties, and let the order decide.
+    all.ordered = false;
+    all.limit = limit;
+    for (int64_t s = 1; s < plan.slices; ++s) merge(all, slices[s]->data()[q % plan.group]);
+    finish_hits(all);
+    write(q, all);
   });
 }
 

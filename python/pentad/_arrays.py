@@ -9,10 +9,10 @@ from pentad._errors import DeviceError
 
 
 def is_numpy(op: str, *, optional=(), **arrays) -> bool:
-    """Whether the named arguments are numpy arrays (True) or torch tensors (False); not a mixture.
+    """Whether the named arguments are numpy arrays (True) or torch tensors (False), never both.
 
-    Those named in `optional` may be None. Raises TypeError for anything else, DeviceError for tensors on different
-    devices or on one that no kernel serves.
+    Those named in `optional` may be None. Raises TypeError for anything else, DeviceError for
+    tensors on different devices or on one that no kernel serves.
     """
     kinds = {}
     for name, array in arrays.items():
@@ -61,7 +61,7 @@ def aligned_zeros(shape, dtype) -> np.ndarray:
 
 
 def to_numpy(array) -> np.ndarray:
-    """A numpy view of a CPU tensor, or the array itself; bfloat16, which numpy lacks, is widened."""
+    """A numpy view of a CPU tensor, or the array itself; bfloat16, unknown to numpy, is widened."""
     if isinstance(array, np.ndarray):
         return array
     if array.device.type != "cpu":

@@ -39,7 +39,9 @@ class _Input:
         functional.check_dtype(op, name, array, ("uint8", *functional._FLOATS))
         if array.shape[1] != dim:
             raise ValueError(f"[{op}] {name} have {array.shape[1]} columns but the index has {dim}")
-        with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite, which counts below
+        with np.errstate(
+            over="ignore"
+        ):  # what exceeds float32 becomes infinite, which counts below
             self.floats = to_numpy(array).astype(np.float32, copy=False)
         if finite and not np.isfinite(self.floats).all():
             raise ValueError(f"[{op}] {name} hold a NaN or an infinity")
