@@ -301,12 +301,12 @@ void py_to_blocks(const TensorView& codes, int64_t first, const TensorView& bloc
   const Blocks target = blocks_of(blocks, 0, op);
   if (blocks.read_only) bad_value(op, "blocks are read-only");
   if (words_for(c.cols) != target.words) bad_value(op, "codes do not fit the blocks");
-  if (first < 0 || first + c.rows > blocks.shape[0] * kBlockRows)
+  if (first < 0 || first > blocks.shape[0] * kBlockRows - c.rows)
     bad_value(op, "the blocks have no room for these rows");
   uint16_t* counts = nullptr;
   if (ones) {
     expect_output(*ones, op, "ones", DType::u16, {ones->rank == 1 ? ones->shape[0] : 0});
-    if (ones->shape[0] < first + c.rows) bad_value(op, "ones is too short");
+    if (first > ones->shape[0] - c.rows) bad_value(op, "ones is too short");
     counts = static_cast<uint16_t*>(ones->data);
   }
   to_blocks(c, static_cast<uint16_t*>(blocks.data), counts, first, target.words);

@@ -84,8 +84,8 @@ struct Kernels {
   void (*select_largest)(const float* values, int64_t rows, const uint32_t* live,
                          const int64_t* ids, int64_t first_id, HitBuffer&);
   void (*weighted_sum)(const WeightedSumJob&, float (*out)[64]);
-  float (*dot_i8)(const float* x, int64_t stride, const int8_t* v, int64_t dim);
-  float (*dot_f16)(const float* x, int64_t stride, const uint16_t* v, int64_t dim);
+  float (*dot_i8)(const float* x, const int8_t* v, int64_t dim);
+  float (*dot_f16)(const float* x, const uint16_t* v, int64_t dim);
   // bits of x[i * stride] > threshold, i < count <= 64, in packbits order; false on a NaN.
   bool (*pack64)(const void* x, DType dtype, int64_t stride, int count, double threshold,
                  uint8_t* bytes);

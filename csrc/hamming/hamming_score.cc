@@ -132,6 +132,8 @@ void score_candidates(const Matrix<const float>& x, const Blocks& blocks, const 
 void dot_candidates(const Matrix<const float>& x, const void* vectors, DType dtype,
                     const float* scale, const int64_t* candidates, int64_t c, float* out) {
   parallel_for(x.rows, [&](int64_t q) {
+    std::vector<float> query(x.cols);
+    for (int64_t j = 0; j < x.cols; ++j) query[j] = x.row(q)[j * x.col_stride];
     for (int64_t i = 0; i < c; ++i) {
       const int64_t row = candidates[q * c + i];
       float& result = out[q * c + i];
@@ -139,10 +141,10 @@ void dot_candidates(const Matrix<const float>& x, const void* vectors, DType dty
         result = -std::numeric_limits<float>::infinity();
       } else if (dtype == DType::i8) {
         const int8_t* vector = static_cast<const int8_t*>(vectors) + row * x.cols;
-        result = kernels().dot_i8(x.row(q), x.col_stride, vector, x.cols) * scale[row];
+        result = kernels().dot_i8(query.data(), vector, x.cols) * scale[row];
       } else {
         const uint16_t* vector = static_cast<const uint16_t*>(vectors) + row * x.cols;
-        result = kernels().dot_f16(x.row(q), x.col_stride, vector, x.cols);
+        result = kernels().dot_f16(query.data(), vector, x.cols);
       }
     }
   });

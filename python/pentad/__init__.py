@@ -30,8 +30,8 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1. Before any call: ``PENTAD_NUM_THREADS``, else the processors this process may
-        use.
+        At least 1. Before any call: torch's number where torch is loaded, else
+        ``PENTAD_NUM_THREADS``, else the processors this process may use.
 
     Raises
     ------
