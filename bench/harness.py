@@ -429,6 +429,10 @@ def main(
             for case in track(chosen, "measuring", console=Console(stderr=True), transient=True)
         ],
     }
+    # A ceiling is the best that was seen: a neighbour may have been busy at the first measurement.
+    read = results["machine"]["read_gb_s"]
+    for count, rate in read.items():
+        read[count] = max(rate, bandwidth.measure(int(count), options.quick))
     show(results, console)
 
     # A partial or small run never replaces the family's published results unless told where to go.

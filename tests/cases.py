@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several test files need: codes of every kind, memory layouts, exact comparison, processes."""
+"""What several test files need: codes of every kind, memory layouts, comparison, processes."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -72,15 +73,13 @@ def assert_same(got, want):
 
 
 def run_python(script, *, timeout=120, **environment):
-    """stdout of a fresh interpreter that ran `script`; fails the test when it did not exit with 0."""
+    """stdout of a fresh interpreter that ran `script`; fails the test unless it exits with 0."""
     done = start_python(script, timeout=timeout, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
 
 def start_python(script, *, timeout=120, **environment):
-    import os
-
     env = {k: v for k, v in os.environ.items() if not k.startswith("PENTAD_")} | environment
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],

@@ -223,7 +223,8 @@ def run_main(harness, monkeypatch, tmp_path):
     """Run a family's command line with a subject and a peer of the given answers, both due 1."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(harness, "use_threads", lambda count: None)
-    monkeypatch.setattr(harness, "machine_facts", lambda *_: MACHINE)
+    monkeypatch.setattr(harness, "machine_facts", lambda *_: MACHINE | {"read_gb_s": {"1": 20.0}})
+    monkeypatch.setattr(harness.bandwidth, "measure", lambda threads, quick: 21.0)
 
     def run(*arguments, ours=1, peer=1):
         case = case_of(
@@ -243,6 +244,7 @@ def test_full_runs_write_the_family_results(run_main, tmp_path, capsys):
     assert run_main() == 0
     results = json.loads((tmp_path / "family.json").read_text())
     assert set(results) == {"family", "quick", "machine", "cases"}
+    assert results["machine"]["read_gb_s"] == {"1": 21.0}  # the better of before and after
     (case,) = results["cases"]
     assert set(case) == {"name", "work", "contenders", "target"}
     ours, peer, absent = case["contenders"]

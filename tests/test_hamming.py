@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions of pentad.hamming on numpy arrays: exact against the reference, clear when refused."""
+"""The functions of pentad.hamming on numpy arrays: exact, and clear when they refuse."""
 
 import itertools
 import math

@@ -57,8 +57,10 @@ codes = H.pack(x)
 assert (codes == reference.pack(x)).all()
 assert (H.unpack(codes, 77) == reference.unpack(codes, 77)).all()
 for metric in ("hamming", "jaccard", "and"):
-    assert (H.distance(codes, codes, metric=metric) == reference.distance(codes, codes, metric)).all()
-    got, want = H.topk(codes[:5], codes, 9, metric=metric), reference.topk(codes[:5], codes, 9, metric)
+    got = H.distance(codes, codes, metric=metric)
+    assert (got == reference.distance(codes, codes, metric)).all()
+    got = H.topk(codes[:5], codes, 9, metric=metric)
+    want = reference.topk(codes[:5], codes, 9, metric)
     assert all((a == b).all() for a, b in zip(got, want))
     got = H.range_search(codes[:5], codes, 30, metric=metric)
     want = reference.range_search(codes[:5], codes, 30, metric)
@@ -277,6 +279,29 @@ def test_jaccard_ties_survive_flushed_denormals(rng, metric):
         torch.set_flush_denormal(False)
     assert_same(tuple(got), tuple(want))
     assert_same(tuple(again), tuple(found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3, -0.7, 1e-30, 70000.0, -1e300])
+def test_pack_compares_as_torch_does(dtype, threshold):
+    at = torch.tensor(threshold, dtype=torch.float64).to(dtype)
+    around = [at, torch.nextafter(at, at + 1), torch.nextafter(at, at - 1), at * 0, -at]
+    x = torch.stack(around)
+    x = x[~x.isnan()]
+    assert_same(H.pack(x, threshold).numpy(), np.packbits((x > threshold).numpy()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8])
+def test_dtypes_that_numpy_lacks_or_widens(rng, dtype):
+    db = torch.from_numpy(codes(rng, 9, DIM))
+    out = H.unpack(db, DIM, dtype)
+    assert out.dtype == dtype
+    assert torch.equal(out.float(), H.unpack(db, DIM))
+    assert torch.equal(H.pack(out), db)
+    if dtype.is_floating_point:
+        x = torch.randn(3, DIM).to(dtype)
+        assert torch.equal(H.score(x, db), H.score(x.float(), db))
+        assert torch.equal(H.topk_score(x, db, 4)[0], H.topk_score(x.float(), db, 4)[0])
 
 
 # --- Empty ----------------------------------------------------------------------------------------
@@ -752,7 +777,8 @@ def hostile_calls():
     def dots(vectors=vectors, scale=scale, at=at, out=scores, x=x):
         return lambda: _C.hamming_dot_candidates(x, vectors, scale, at, out)
 
-    def found(indptr=z(4, np.int64), values=None, ids=None):
+    def found(indptr=None, values=None, ids=None):
+        indptr = z(4, np.int64) if indptr is None else indptr
         hits = _C.hamming_range(q, db, -1, None, None, *none, "hamming", 64.0)
         v = z(hits.total, np.int32) if values is None else values
         return lambda: hits.write(indptr, v, z(hits.total, np.int64) if ids is None else ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads: the same results for any number, one runtime per process, forks, callers side by side."""
+"""Threads: results for any number, one runtime per process, forks, callers side by side."""
 
 import os
 import sys
@@ -168,9 +168,7 @@ assert len(ended) == 4
     ("text", "number"), [("1", 1), ("3", 3), ("0", None), ("-2", None), ("x", None), ("", None)]
 )
 def test_environment_sets_the_number(text, number):
-    script = (
-        "import os\nimport pentad\nprint(pentad.num_threads(), len(os.sched_getaffinity(0)))"
-    )
+    script = "import os\nimport pentad\nprint(pentad.num_threads(), len(os.sched_getaffinity(0)))"
     got, cores = map(int, run_python(WITHOUT_TORCH + script, PENTAD_NUM_THREADS=text).split())
     assert got == (cores if number is None else number)
 
@@ -214,8 +212,8 @@ index = pentad.hamming.BinaryIndex(512)
 index.add(codes)
 
 def answers():
-    found = pentad.hamming.topk(codes[:5], codes, 20)
-    return [a.tobytes() for a in (*found, pentad.hamming.unpack(codes, 512), *index.search(codes[:5], 20))]
+    found = *pentad.hamming.topk(codes[:5], codes, 20), *index.search(codes[:5], 20)
+    return [a.tobytes() for a in (*found, pentad.hamming.unpack(codes, 512))]
 
 want = answers()
 for generation in range(2):  # the child forks again

@@ -11,7 +11,7 @@ from pathlib import Path
 
 QUESTIONS = {
     "open a gzip file for writing": "gzip.",
-    "parse json from a string": "json.",
+    "parse json from a string": "json",
     "find all files that match a pattern": "",
     "inverse of a matrix": "",
 }

@@ -142,9 +142,7 @@ void search_topk(const Plan& plan, int64_t nq, int64_t rows, int64_t k, uint32_t
   parallel_for(nq, [&](int64_t q) {
     const std::unique_ptr<Hits>* slices = &found[q / plan.group * plan.slices];
     HitBuffer& all = slices[0]->data()[q % plan.group];
-    // Equal keys of another slice may have the smaller id: admit ties, and let the order decide.
-    all.ordered = false;
-    all.limit = limit;
+    // In the order of the rows, so that an ordered buffer stays ordered.
     for (int64_t s = 1; s < plan.slices; ++s) merge(all, slices[s]->data()[q % plan.group]);
     finish_hits(all);
     write(q, all);

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples in the docstrings run, and everything public has one."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import numpy as np
+import pytest
+
+import pentad
+
+FAMILIES = ["pentad.hamming"] + (["pentad.nn"] if importlib.util.find_spec("torch") else [])
+
+
+def modules():
+    names = ["pentad", "pentad._arrays", "pentad._file", "pentad._index"]
+    for family in FAMILIES:
+        package = importlib.import_module(family)
+        names.append(family)
+        names += [f"{family}.{m.name}" for m in pkgutil.iter_modules(package.__path__)]
+    if "pentad.nn" not in FAMILIES:
+        names = [n for n in names if n.split(".")[-1] not in ("autograd", "modules")]
+    return names
+
+
+def public():
+    for family in FAMILIES:
+        package = importlib.import_module(family)
+        for name in package.__all__:
+            yield f"{family}.{name}"
+
+
+def resolve(dotted):
+    family, name = dotted.rsplit(".", 1)
+    return getattr(importlib.import_module(family), name)
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    said = []
+    for example in doctest.DocTestFinder().find(module, globs={"pentad": pentad, "np": np}):
+        runner.run(example, out=said.append, clear_globs=False)
+    assert not runner.summarize(verbose=False).failed, "".join(said)
+
+
+@pytest.mark.parametrize("name", public())
+def test_everything_public_shows_an_example(name):
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(resolve(name)) or "")
+    assert examples
+    assert any(name.rsplit(".", 1)[1] in example.source for example in examples)
+
+
+@pytest.mark.parametrize("name", public())
+def test_every_public_method_is_described(name):
+    thing = resolve(name)
+    assert inspect.getdoc(thing)
+    if inspect.isclass(thing):
+        for attribute, value in vars(thing).items():
+            if callable(value) and not attribute.startswith("_"):
+                assert inspect.getdoc(value), attribute
+
+
+@pytest.mark.parametrize("name", [n for n in public() if inspect.isfunction(resolve(n))])
+def test_every_parameter_is_described(name):
+    function = resolve(name)
+    text = inspect.getdoc(function)
+    if name == "pentad.hamming.intersection":  # which is distance with one metric
+        return
+    section = text.split("Parameters\n----------\n")[1].split("\n\n")[0]
+    described = {
+        part.strip() for line in section.splitlines() if not line.startswith(" ")
+        for part in line.split(":")[0].split(",")
+    }  # fmt: skip
+    assert described == set(inspect.signature(function).parameters)
+    assert "Returns\n-------" in text
