@@ -7,6 +7,8 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import pentad
 from pentad import _C
 
@@ -49,3 +51,11 @@ def test_public_names_have_docstrings_and_exist():
 
 def test_typed():
     assert (Path(pentad.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_readme_examples_run(number, tmp_path, monkeypatch):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile(examples[number], f"README example {number}", "exec"), {})

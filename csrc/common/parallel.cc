@@ -59,8 +59,6 @@ struct Region {
 
 struct OpenMP {
   void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
-  int (*max_threads)() = nullptr;
-  void (*set_threads)(int) = nullptr;
   int (*in_parallel)() = nullptr;
   std::string name;
 };
@@ -77,12 +75,8 @@ const OpenMP* openmp() {
   if (const OpenMP* runtime = found.load(std::memory_order_acquire)) return runtime;
   OpenMP candidate;
   lookup(candidate.parallel, "GOMP_parallel");
-  lookup(candidate.max_threads, "omp_get_max_threads");
-  lookup(candidate.set_threads, "omp_set_num_threads");
   lookup(candidate.in_parallel, "omp_in_parallel");
-  if (!candidate.parallel || !candidate.max_threads || !candidate.set_threads ||
-      !candidate.in_parallel)
-    return nullptr;
+  if (!candidate.parallel || !candidate.in_parallel) return nullptr;
   Dl_info info;
   std::string path = "?";
   if (dladdr(reinterpret_cast<void*>(candidate.parallel), &info) && info.dli_fname)
@@ -93,6 +87,34 @@ const OpenMP* openmp() {
   if (found.compare_exchange_strong(expected, mine, std::memory_order_acq_rel)) return mine;
   delete mine;
   return expected;
+}
+
+// --- Torch's number of threads -------------------------------------------------------------------
+
+// at::get_num_threads and at::set_num_threads, the functions behind torch.set_num_threads. OpenMP
+// keeps its number per thread, and torch sets a new thread's when that thread first asks, so asking
+// torch is the only way to agree with it everywhere.
+struct Torch {
+  int (*get_num_threads)() = nullptr;
+  void (*set_num_threads)(int) = nullptr;
+};
+
+const Torch* loaded_torch() {
+  static std::atomic<const Torch*> found{nullptr};
+  if (const Torch* torch = found.load(std::memory_order_acquire)) return torch;
+  void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (!library) return nullptr;
+  static Torch torch;
+  static std::once_flag once;
+  std::call_once(once, [library] {
+    torch.get_num_threads =
+        reinterpret_cast<int (*)()>(dlsym(library, "_ZN2at15get_num_threadsEv"));
+    torch.set_num_threads =
+        reinterpret_cast<void (*)(int)>(dlsym(library, "_ZN2at15set_num_threadsEi"));
+  });
+  if (!torch.get_num_threads || !torch.set_num_threads) return nullptr;
+  found.store(&torch, std::memory_order_release);
+  return &torch;
 }
 
 // --- The own pool --------------------------------------------------------------------------------
@@ -181,49 +203,15 @@ Pool& Pool::instance() {
 
 }  // namespace
 
-// OpenMP keeps the number of threads per thread, and a new thread starts with the runtime's
-// default. The process's number is kept here. A thread takes it over when it is new, or when the
-// number was set since; a thread whose own number was changed, by torch.set_num_threads for one,
-// passes it on.
-namespace {
-
-std::atomic<int> process_threads{0};  // 0: the runtime's default
-std::atomic<int> settings{0};         // how often process_threads was set
-thread_local int own_threads = 0;     // what this thread had when it last looked; 0: it is new
-thread_local int own_settings = 0;
-
-void publish(int n) {
-  process_threads.store(n);
-  own_threads = n;
-  own_settings = settings.fetch_add(1) + 1;
-}
-
-}  // namespace
-
 int num_threads() {
   Pool& pool = Pool::instance();  // first, so that the fork handler is in place
-  const OpenMP* omp = openmp();
-  if (!omp) return pool.threads();
-  static const int fallback = omp->max_threads();
-  const int mine = std::max(1, omp->max_threads());
-  const bool changed = own_threads ? mine != own_threads : mine != fallback;
-  if (changed) {
-    publish(mine);
-  } else if (const int wanted = process_threads.load();
-             wanted && wanted != mine && (!own_threads || own_settings != settings.load())) {
-    omp->set_threads(wanted);
-    own_threads = wanted;
-    own_settings = settings.load();
-  } else {
-    own_threads = mine;
-  }
-  return own_threads;
+  if (const Torch* torch = loaded_torch()) return std::max(1, torch->get_num_threads());
+  return pool.threads();
 }
 
 void set_num_threads(int n) {
   Pool::instance().set_threads(n);
-  if (const OpenMP* omp = openmp()) omp->set_threads(n);
-  publish(n);
+  if (const Torch* torch = loaded_torch()) torch->set_num_threads(n);
 }
 
 const char* thread_runtime() {

@@ -13,9 +13,10 @@
 
 namespace pentad {
 
-// Threads that the next parallel_for of the calling thread uses.
+// Threads that the next parallel_for of the calling thread uses: torch's number where torch is
+// loaded, else this package's own (PENTAD_NUM_THREADS, or the processors that may be used).
 int num_threads();
-// Sets it: in the adopted runtime where there is one, and for the own pool. n >= 1.
+// Sets it, torch's too where torch is loaded. n >= 1.
 void set_num_threads(int n);
 // "openmp (libgomp.so.1)" or "own pool".
 const char* thread_runtime();

@@ -6,7 +6,6 @@ first used, and torch only when a function is given a torch tensor.
 """
 
 import importlib
-import sys
 
 from pentad._C import (
     __version__,
@@ -39,8 +38,6 @@ def set_num_threads(n: int) -> None:
         If `n` is less than 1.
     """
     _set_num_threads(n)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(n)
 
 
 def __getattr__(name):

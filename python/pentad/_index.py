@@ -17,8 +17,8 @@ class SearchResult(NamedTuple):
     ids: Any
 
 
-def check_ids(op: str, ids, count: int | None = None) -> np.ndarray:
-    """`ids` as a contiguous int64 array: 1-D, not negative, no duplicates, `count` of them."""
+def check_ids(op: str, ids, count: int | None = None, *, unique: bool = True) -> np.ndarray:
+    """`ids` as a contiguous int64 array: 1-D, not negative, without duplicates, `count` of them."""
     array = np.asarray(ids)
     if array.size == 0:
         array = array.astype(np.int64)
@@ -33,7 +33,7 @@ def check_ids(op: str, ids, count: int | None = None) -> np.ndarray:
     array = np.ascontiguousarray(array, dtype=np.int64)
     if (array < 0).any():
         raise ValueError(f"[{op}] id {array[array < 0][0]} is negative; -1 means 'no result'")
-    if len(np.unique(array)) != len(array):
+    if unique and len(np.unique(array)) != len(array):
         values, counts = np.unique(array, return_counts=True)
         raise ValueError(f"[{op}] id {values[counts > 1][0]} is given twice")
     return array

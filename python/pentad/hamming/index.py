@@ -83,9 +83,9 @@ class CodeIndex:
         return given
 
     def _new_ids(self, name, ids, count: int, state_ids: np.ndarray) -> np.ndarray:
-        """Given ids, checked against those present; or the next free ones."""
+        """Given ids, checked against those present, which rise; or the numbers after those."""
         if ids is None:
-            last = int(state_ids.max()) if len(state_ids) else -1
+            last = int(state_ids[-1]) if len(state_ids) else -1
             if last + count >= 2**63:
                 raise ValueError(f"[{self._op(name)}] no {count} ids are left after {last}")
             return last + np.arange(1, count + 1, dtype=np.int64)
@@ -240,10 +240,11 @@ class BinaryIndex(CodeIndex):
         rows.write(0, *content)
         return _with_count(rows, len(content[1]))
 
-    def _positions(self, name: str, ids, *, missing="raise") -> np.ndarray:
+    def _positions(self, name: str, ids, *, missing="raise", unique=True) -> np.ndarray:
         """Row numbers of ids; unknown ones raise, or are left out."""
         rows = self._rows
-        ids = check_ids(self._op(name), to_numpy(ids) if hasattr(ids, "detach") else ids)
+        ids = to_numpy(ids) if hasattr(ids, "detach") else ids
+        ids = check_ids(self._op(name), ids, unique=unique)
         present = rows.ids[: rows.count]
         at = np.searchsorted(present, ids)
         known = at < rows.count
@@ -338,16 +339,21 @@ class BinaryIndex(CodeIndex):
             self._rows = self._rebuilt(content)
 
     def reconstruct(self, ids) -> np.ndarray:
-        """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1."""
+        """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1.
+
+        An id may be given more than once.
+        """
         snapshot = _view(self)
-        return _reconstruct(snapshot._rows, snapshot._positions("reconstruct", ids), self.dim)
+        at = snapshot._positions("reconstruct", ids, unique=False)
+        return _reconstruct(snapshot._rows, at, self.dim)
 
     def codes(self, ids=None) -> np.ndarray:
         """(n, ceil(dim / 8)) uint8 codes of `ids`, by default of all rows."""
         snapshot = _view(self)
         rows = snapshot._rows
-        at = np.arange(rows.count) if ids is None else snapshot._positions("codes", ids)
-        return rows.codes(at)
+        if ids is None:
+            return rows.codes(np.arange(rows.count))
+        return rows.codes(snapshot._positions("codes", ids, unique=False))
 
     def to_sections(self):
         """(meta, arrays) for a file that embeds this index; see `from_sections`."""

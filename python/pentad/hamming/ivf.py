@@ -56,9 +56,17 @@ class BinaryIVFIndex(CodeIndex):
     ):
         super().__init__(dim, metric=metric, store=store)
         self.lists = functional.check_count(self._op("__init__"), "lists", lists, 1)
-        self.nprobe = functional.check_count(self._op("__init__"), "nprobe", nprobe, 1)
+        self.nprobe = nprobe
         self.centroids = None
         self._lists = _Lists.empty(self)
+
+    @property
+    def nprobe(self) -> int:
+        return self._nprobe
+
+    @nprobe.setter
+    def nprobe(self, value: int) -> None:
+        self._nprobe = functional.check_count(self._op("nprobe"), "nprobe", value, 1)
 
     # --- Training ---------------------------------------------------------------------------------
 
@@ -127,9 +135,13 @@ class BinaryIVFIndex(CodeIndex):
             self._lists = kept.with_rows(self, content._rows)
 
     def reconstruct(self, ids) -> np.ndarray:
-        """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1."""
+        """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1.
+
+        An id may be given more than once.
+        """
         lists = self._lists
-        at = self._known("reconstruct", lists, check_ids(self._op("reconstruct"), _plain(ids)))
+        ids = check_ids(self._op("reconstruct"), _plain(ids), unique=False)
+        at = self._known("reconstruct", lists, ids)
         return _reconstruct(lists.rows, at, self.dim)
 
     def _known(self, name, lists, ids):
@@ -148,7 +160,7 @@ class BinaryIVFIndex(CodeIndex):
         self._trained("search")
         lists = self._lists
         given = self._input("search", queries, "queries")
-        ranges = lists.ranges(given.codes, self._nprobe("search", nprobe), self.centroids)
+        ranges = lists.ranges(given.codes, self._probes("search", nprobe), self.centroids)
         mask = self._filter_mask("search", lists, filter)
         return self._search(lists.rows, queries, k, mask, rescore, oversample, lists, ranges)
 
@@ -160,12 +172,12 @@ class BinaryIVFIndex(CodeIndex):
         radius = float(radius)
         if np.isnan(radius):
             raise ValueError(f"[{self._op('range_search')}] radius is NaN")
-        ranges = lists.ranges(given.codes, self._nprobe("range_search", nprobe), self.centroids)
+        ranges = lists.ranges(given.codes, self._probes("range_search", nprobe), self.centroids)
         mask = self._filter_mask("range_search", lists, filter)
         found = lists.rows.range_search(given.codes, radius, self.metric, mask, ranges=ranges)
         return tuple(like(queries, part) for part in found)
 
-    def _nprobe(self, name, nprobe):
+    def _probes(self, name, nprobe):
         value = self.nprobe if nprobe is None else nprobe
         return min(functional.check_count(self._op(name), "nprobe", value, 1), self.lists)
 
