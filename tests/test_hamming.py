@@ -125,6 +125,42 @@ def test_ten_thousand_codes(rng, isa, metric, dim, kind):
         assert (got_ids[:, 10_000:] == -1).all()
 
 
+@pytest.mark.parametrize("dim", [9, 700, 2100])
+def test_ten_thousand_codes_by_the_other_functions(rng, isa, dim):
+    db, q = codes(rng, 10_000, dim, "ties"), codes(rng, 2, dim)
+    for metric in METRICS:
+        values = reference.distance(q, db, metric)
+        assert_same(pentad.hamming.distance(q, db, metric=metric), values)
+        radius = float(values[0, 0])
+        assert_same(
+            pentad.hamming.range_search(q, db, radius, metric=metric),
+            reference.range_search(q, db, radius, metric),
+        )
+    x = rng.integers(-3, 4, (2, dim)).astype(np.float32)
+    scores = reference.score(x, db).astype(np.float32)
+    assert_same(pentad.hamming.score(x, db), scores)
+    want = reference.best(scores, 9000, largest=True)
+    assert_same(pentad.hamming.topk_score(x, db, 9000), want)
+    w = rng.integers(-3, 4, (2, 10_000)).astype(np.float32)
+    want = reference.weighted_sum(w, db, dim).astype(np.float32)
+    assert_same(pentad.hamming.weighted_sum(w, db, dim), want)
+
+
+@pytest.mark.parametrize("nq", [1, 2, 9])
+@pytest.mark.parametrize("metric", METRICS)
+def test_large_k_over_many_threads(rng, threads, metric, nq):
+    db, q = codes(rng, 9_999, 256, "ties"), codes(rng, nq, 256)
+    keep = rng.random(9_999) < 0.9
+    values = reference.distance(q, db, metric)
+    for n in (1, 2, 3, 8):
+        threads(n)
+        for k in (2, 3000, 8000):
+            want = reference.best(values, k, metric == "and", keep)
+            got = pentad.hamming.topk(q, db, k, metric=metric, mask=keep)
+            assert_same(got[1], want[1])
+            assert_same(got[0], want[0])
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("nq", [1, 7, 8, 255, 256, 257, 600])
 def test_every_split_of_the_queries(rng, threads, metric, nq):

@@ -340,6 +340,26 @@ def test_automatic_ids_follow_the_largest_present(rng, cls):
     assert index.ids.tolist() == [2, 7, 100, 102, 103]
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_large_adds_in_unaligned_pieces(rng, threads, cls, metric):
+    threads(3)
+    rows, queries = codes(rng, 10_000, 70), codes(rng, 4, 70)
+    index = make(cls, 70, metric=metric)
+    for first, last in ((0, 5), (5, 4999), (4999, 5000), (5000, 10_000)):
+        index.add(rows[first:last])
+    assert_same(tuple(index.search(queries, 20)), reference.topk(queries, rows, 20, metric))
+    assert_same(index.reconstruct(index.ids), reference.unpack(rows, 70).astype(np.float32))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_id_may_be_reconstructed_twice(rng, cls):
+    vectors = whole_vectors(rng, 9, 20)
+    index = make(cls, 20, store="float16")
+    index.add(vectors)
+    assert_same(index.reconstruct([3, 3, 0, 3]), vectors[[3, 3, 0, 3]])
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_the_largest_id(rng, cls):
     rows = codes(rng, 2, 16)
@@ -678,6 +698,20 @@ def test_adds_from_several_threads_all_arrive(rng, cls):
     assert_same(tuple(index.search(rows[:9], 5)), reference.topk(rows[:9], rows, 5))
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_automatic_ids_from_several_threads_are_unique(rng, cls):
+    rows = codes(rng, 5, 50)
+    index = make(cls, 50)
+    threads = [
+        threading.Thread(target=lambda: [index.add(rows) for _ in range(10)]) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert index.ids.tolist() == list(range(200))
+
+
 def test_a_save_beside_adds_is_one_state(rng, tmp_path, monkeypatch):
     """An add fills up the last block in place; it must not do so between checksum and write."""
     rows = codes(rng, 100, 30)
@@ -856,6 +890,16 @@ def test_probed_lists_are_searched_exactly(rng, isa, metric, nprobe):
     assert_same(tuple(index.search(queries, 15)), tuple(index.search(queries, 15, nprobe=nprobe)))
     with pytest.raises(ValueError, match="nprobe is 0"):
         index.search(queries, 1, nprobe=0)
+
+
+def test_nprobe_is_checked_when_set(tmp_path):
+    index = make(BinaryIVFIndex, 16)
+    for value, error in ((0, ValueError), (-3, ValueError), (2.0, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="nprobe is"):
+            index.nprobe = value
+    index.nprobe = np.int64(3)
+    index.save(tmp_path / "x")
+    assert BinaryIVFIndex.load(tmp_path / "x").nprobe == 3
 
 
 def test_training_is_deterministic_and_helps(rng):

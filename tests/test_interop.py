@@ -943,6 +943,150 @@ def test_hostile_calls_raise(name):
         BAD[name]()
 
 
+def test_operators_called_directly_with_nonsense():
+    CALLS["pack"]({"x": torch.zeros(1, 8)})  # registers them
+    ops, u8, f32 = torch.ops.pentad, torch.zeros(3, 4, dtype=torch.uint8), torch.zeros(3, 32)
+    for call in (
+        lambda: ops.hamming_topk(u8, u8, -1, "hamming", None),
+        lambda: ops.hamming_topk(u8, u8[:, :3], 1, "hamming", None),
+        lambda: ops.hamming_topk(u8, u8, 1, "", None),
+        lambda: ops.hamming_topk(u8, u8, 1, "hamming", torch.zeros(2).bool()),
+        lambda: ops.hamming_topk(u8[0], u8, 1, "hamming", None),
+        lambda: ops.hamming_range_search(u8, u8[0], 1.0, "hamming", None),
+        lambda: ops.hamming_distance(u8, f32, "hamming"),
+        lambda: ops.hamming_distance(u8, u8, "x"),
+        lambda: ops.hamming_score(f32.double(), u8),
+        lambda: ops.hamming_score(f32, u8[:, :2]),
+        lambda: ops.hamming_topk_score(f32, u8, -5, None),
+        lambda: ops.hamming_weighted_sum(f32, u8, 32),
+        lambda: ops.hamming_weighted_sum(f32[None, :, :3], u8[None], 99),
+        lambda: ops.hamming_pack(u8, 0.0),
+        lambda: ops.hamming_pack(torch.tensor(1.0), 0.0),
+        lambda: ops.hamming_unpack(u8, 99, torch.float32),
+        lambda: ops.hamming_unpack(u8, 32, torch.complex64),
+        lambda: ops.hamming_permute(u8, -1, 0),
+    ):
+        with pytest.raises((ValueError, TypeError, RuntimeError, IndexError)):
+            call()
+
+
+def test_a_tensor_without_memory_is_refused():
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError(func)
+
+    with pytest.raises((ValueError, RuntimeError, TypeError, BufferError, NotImplementedError)):
+        _C.hamming_pack(Wrapper(torch.zeros(4, 8)), 0.0, np.zeros((4, 1), np.uint8))
+
+
+def test_channels_last(rng):
+    x = torch.from_numpy(rng.standard_normal((2, 5, 3, 9)).astype(np.float32))
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert last.stride() != x.stride()
+    assert torch.equal(H.pack(last), H.pack(x))
+    packed = H.pack(x)
+    assert torch.equal(H.unpack(packed.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0), 9),
+                       H.unpack(packed, 9))  # fmt: skip
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def bytes_in_use():
+    """What the C heap holds; numpy's and the kernels' memory is in it, most of Python's is not."""
+    import ctypes
+
+    class Info(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost")]  # fmt: skip
+
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        pytest.skip("needs glibc 2.33")
+    mallinfo2.restype = Info
+    gc.collect()
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def test_no_call_keeps_memory(inputs):
+    nan = inputs["x"] * np.nan
+
+    def round_():
+        for call in CALLS.values():
+            call(inputs)
+        for refused in (
+            lambda: H.pack(nan),
+            lambda: H.topk_score(nan, inputs["db"], 3),
+            lambda: _C.hamming_score(inputs["x"], inputs["db"], np.zeros((1, 1), np.float32)),
+            lambda: _C.hamming_pack(Lender(inputs["x"]), 0.0, np.zeros((6, 9), np.uint8)),
+        ):
+            with pytest.raises(ValueError):  # noqa: PT011
+                refused()
+
+    for _ in range(20):
+        round_()
+    before = bytes_in_use()
+    for _ in range(200):
+        round_()
+    assert bytes_in_use() - before < 200 * 300  # bytes per round; one lost buffer is more
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS")
+@pytest.mark.parametrize("torch_too", [False, True])
+def test_a_kernel_that_runs_out_of_memory_raises(torch_too):
+    """In worker threads, too, where an exception that escapes would end the process."""
+    start = "import torch\n" if torch_too else WITHOUT_TORCH
+    run_python(
+        start
+        + """
+import resource
+import numpy as np
+import pentad
+pentad.set_num_threads(2)
+n = 1 << 19
+codes = np.zeros((n, 8), np.uint8)
+queries = np.zeros((64, 8), np.uint8)
+pentad.hamming.topk(queries[:2], codes, 3)  # the threads have their stacks
+
+def mapped():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+def limited(room, call):
+    size = mapped()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + room, limits[1]))
+    try:
+        call()
+    except MemoryError:
+        pass
+    else:
+        raise AssertionError("there was enough memory")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+# The outputs fit (400 MB), the hits of 64 queries beside them do not (1 GB).
+before = mapped()
+for _ in range(3):
+    limited(600 << 20, lambda: pentad.hamming.topk(queries, codes, n))
+    limited(200 << 20, lambda: pentad.hamming.range_search(queries, codes, 1))
+assert mapped() - before < 200 << 20, "what a failed search had is lost"
+found = pentad.hamming.topk(queries[:2], codes, 3)[1]
+assert found.tolist() == [[0, 1, 2]] * 2
+"""
+    )
+
+
+# --- Ranges of rows -------------------------------------------------------------------------------
+
+
 def test_overlapping_ranges_visit_rows_twice(rng):
     db, q = codes(rng, 64, 64), codes(rng, 1, 64)
     blocks, _ = blocks_of(db)

@@ -8,11 +8,11 @@ import numpy as np
 from pentad._errors import DeviceError
 
 
-def is_numpy(op: str, *, optional=(), **arrays) -> bool:
+def is_numpy(op: str, *, optional=(), any_device=False, **arrays) -> bool:
     """Whether the named arguments are numpy arrays (True) or torch tensors (False), never both.
 
     Those named in `optional` may be None. Raises TypeError for anything else, DeviceError for
-    tensors on different devices or on one that no kernel serves.
+    tensors on different devices or, unless `any_device`, on one that no kernel serves.
     """
     kinds = {}
     for name, array in arrays.items():
@@ -32,7 +32,7 @@ def is_numpy(op: str, *, optional=(), **arrays) -> bool:
             raise TypeError(f"[{op}] arguments mix numpy arrays and torch tensors: {kinds}")
         raise DeviceError(f"[{op}] arguments are on different devices: {kinds}")
     kind = found.pop()
-    if kind not in ("numpy", "cpu", "meta"):
+    if kind not in ("numpy", "cpu", "meta") and not any_device:
         raise DeviceError(f"[{op}] there is no {kind} kernel for this operation, only a CPU one")
     return kind == "numpy"
 

@@ -495,7 +495,7 @@ def binarize(x, estimator="ste", temperature=1.0, generator=None):
     array([ 1., -1.], dtype=float32)
     """
     op = "hamming.binarize"
-    numpy = is_numpy(op, x=x)
+    numpy = is_numpy(op, x=x, any_device=True)  # torch's own elementwise functions
     check_dtype(op, "x", x, _FLOATS)
     check_choice(op, "estimator", estimator, _ESTIMATORS)
     if not temperature > 0:
@@ -534,7 +534,7 @@ def bind(a, b):
     array([6], dtype=uint8)
     """
     op = "hamming.bind"
-    is_numpy(op, a=a, b=b)
+    is_numpy(op, a=a, b=b, any_device=True)
     check_codes(op, "a", a, rank=None)
     check_codes(op, "b", b, rank=None)
     check_same_bytes(op, "a", a, "b", b)
