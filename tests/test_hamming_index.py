@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BinaryIndex and BinaryIVFIndex: against a dict and brute force, refusals, threads, files."""
 
+import sys
 import threading
 
 import numpy as np
@@ -586,12 +587,15 @@ def run_beside(work, helpers):
             errors.append(error)
 
     threads = [threading.Thread(target=repeat, args=(h,)) for h in helpers]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
     for thread in threads:
         thread.start()
     try:
         work()
     finally:
         ended.set()
+        sys.setswitchinterval(interval)
         for thread in threads:
             thread.join()
     assert not errors, errors
@@ -958,3 +962,37 @@ def test_an_untrained_index_survives_its_file(tmp_path, rng):
     index.train(codes(rng, 5, 16))
     index.add(codes(rng, 5, 16))
     assert len(index) == 5
+
+
+@pytest.mark.parametrize("cls", [BinaryIndex, BinaryIVFIndex])
+@pytest.mark.parametrize("by", ["bits", "store"])
+def test_rescoring_apart_equals_rescoring_within(cls, by):
+    rng = np.random.default_rng(5)
+    vectors = rng.standard_normal((300, 70)).astype(np.float32)
+    index = cls(70, store="int8") if cls is BinaryIndex else cls(70, 4, store="int8", nprobe=4)
+    if cls is BinaryIVFIndex:
+        index.train(vectors)
+    index.add(vectors, rng.permutation(1000)[:300])
+    within = index.search(vectors[:9], 6, rescore=by, oversample=5)
+    apart = index.rescore(vectors[:9], index.search(vectors[:9], 30).ids, by=by)
+    assert (apart.ids[:, :6] == within.ids).all()
+    assert (apart.scores[:, :6] == within.scores).all()
+    some = index.rescore(vectors[:1], np.array([[-1, 2000, index.ids[7]]]), by=by)
+    assert some.ids.tolist() == [[index.ids[7], -1, -1]]
+    assert some.scores[0, 1:].tolist() == [-np.inf, -np.inf]
+
+
+def test_rescore_refuses():
+    index = BinaryIndex(16)
+    index.add(np.ones((3, 16), np.float32))
+    query, ids = np.ones((2, 16), np.float32), np.zeros((2, 1), np.int64)
+    with pytest.raises(ValueError, match="store=None"):
+        index.rescore(query, ids)
+    with pytest.raises(ValueError, match="by is 'best'"):
+        index.rescore(query, ids, by="best")
+    with pytest.raises(TypeError, match="not codes"):
+        index.rescore(np.zeros((2, 2), np.uint8), ids, by="bits")
+    with pytest.raises(TypeError, match="int32"):
+        index.rescore(query, ids.astype(np.int32), by="bits")
+    with pytest.raises(ValueError, match=r"expected \(2, c\)"):
+        index.rescore(query, ids[:1], by="bits")

@@ -154,23 +154,28 @@ class DocIndex:
         query = self.encoder.encode([question])
         encoded = time.perf_counter()
         if not query.any():  # not one known word
-            return Answer([], {"encode": encoded - start, "search": 0.0})
+            return Answer([], {"encode": encoded - start})
+        mode = RESCORE[rescore]
         found = self.index.search(
             query,
-            k,
+            k if mode is None else k * OVERSAMPLE,
             filter=self.passages.of_packages(packages) if packages else None,
-            rescore=RESCORE[rescore],
-            oversample=OVERSAMPLE,
         )
+        searched = time.perf_counter()
+        if mode is not None:
+            found = self.index.rescore(query, found.ids, by=mode)
         try:
             hits = [
                 Hit(score, self.passages[row])
-                for score, row in zip(found.scores[0].tolist(), found.ids[0].tolist(), strict=True)
+                for score, row in zip(*(part[0, :k].tolist() for part in found), strict=True)
                 if row >= 0
             ]
         except IndexError as error:
             raise FormatError("the index names passages that it does not hold") from error
-        return Answer(hits, {"encode": encoded - start, "search": time.perf_counter() - encoded})
+        seconds = {"encode": encoded - start, "binary search": searched - encoded}
+        if mode is not None:
+            seconds["rescore"] = time.perf_counter() - searched
+        return Answer(hits, seconds)
 
     @property
     def stale(self) -> bool:

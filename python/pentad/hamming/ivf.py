@@ -177,6 +177,10 @@ class BinaryIVFIndex(CodeIndex):
         found = lists.rows.range_search(given.codes, radius, self.metric, mask, ranges=ranges)
         return tuple(like(queries, part) for part in found)
 
+    def _locate(self, ids):
+        lists = self._lists
+        return lists.rows, lists.positions(ids)
+
     def _probes(self, name, nprobe):
         value = self.nprobe if nprobe is None else nprobe
         return min(functional.check_count(self._op(name), "nprobe", value, 1), self.lists)
