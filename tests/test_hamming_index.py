@@ -684,6 +684,83 @@ def test_searches_beside_removals_and_updates_see_one_state(rng, cls):
             assert set(above) == set(range(first_old, n))
 
 
+def interrupted(call, change, at):
+    """call(), with change() made just before its at-th bytecode in the modules of the indexes.
+
+    Returns what call() gave or raised, and whether it lasted that long. What another thread may do
+    at any moment is done here at every moment in turn.
+    """
+    left = [at]
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.endswith(("hamming/index.py", "hamming/ivf.py")):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left[0] -= 1
+            if left[0] == 0:
+                change()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = call()
+    except ValueError as error:
+        result = str(error)
+    finally:
+        sys.settrace(before)
+    return result, left[0] <= 0
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("change", ["append", "insert", "remove", "update"])
+@pytest.mark.parametrize(
+    "call", ["search", "rescored", "filter", "range", "rescore", "reconstruct", "ids"]
+)
+def test_a_change_at_any_moment(rng, cls, call, change):
+    """Each result is that of the state before or of the one after, never of a mixture."""
+    vectors, new = whole_vectors(rng, 40, 12), whole_vectors(rng, 40, 12)
+    queries = vectors[:2] + 0
+    changes = {
+        "append": lambda index: index.add(new[:30], np.arange(100, 130)),
+        "insert": lambda index: index.add(new[:30], np.arange(30)),
+        "remove": lambda index: index.remove(np.arange(30, 50)),
+        "update": lambda index: index.update(np.arange(30, 60), new[:30]),
+    }
+    calls = {
+        "search": lambda index: tuple(index.search(queries, 5)),
+        "rescored": lambda index: tuple(index.search(queries, 5, rescore="store")),
+        "rescore": lambda index: tuple(index.rescore(queries, np.array([[31, 60, 45, 2]] * 2))),
+        "filter": lambda index: tuple(index.search(queries, 5, filter=[31, 45, 60, 69, 101, 3])),
+        "range": lambda index: tuple(index.range_search(queries, 6)),
+        "reconstruct": lambda index: (index.reconstruct([60, 31, 45, 69]),),
+        "ids": lambda index: (index.ids + 0,),
+    }
+
+    def fresh():
+        index = make(cls, 12, store="int8")
+        index.add(vectors, np.arange(30, 70))
+        return index
+
+    def bits(result):
+        return result if isinstance(result, str) else [part.tobytes() for part in result]
+
+    states = [fresh(), fresh()]
+    changes[change](states[1])
+    wants = [bits(interrupted(lambda s=s: calls[call](s), None, -1)[0]) for s in states]
+    assert wants[0] != wants[1] or call in ("ids", "reconstruct")
+    at, lasted = 1, True
+    while lasted:
+        index = fresh()
+        result, lasted = interrupted(
+            lambda i=index: calls[call](i), lambda i=index: changes[change](i), at
+        )
+        assert bits(result) in wants, at
+        at += 1 if call in ("ids", "reconstruct") else 7
+    assert at > 5
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_adds_from_several_threads_all_arrive(rng, cls):
     rows = codes(rng, 400, 50)
@@ -977,6 +1054,12 @@ def test_rescoring_apart_equals_rescoring_within(cls, by):
     apart = index.rescore(vectors[:9], index.search(vectors[:9], 30).ids, by=by)
     assert (apart.ids[:, :6] == within.ids).all()
     assert (apart.scores[:, :6] == within.scores).all()
+    found = index.search(vectors[:9], 30).ids
+    for layout in ("fortran", "reversed", "strided"):
+        again = index.rescore(laid_out(vectors[:9], layout), laid_out(found, layout), by=by)
+        assert_same(tuple(again), tuple(apart))
+    assert index.rescore(vectors[:9], found[:, :0], by=by).ids.shape == (9, 0)
+    assert index.rescore(vectors[:0], found[:0], by=by).ids.shape == (0, 30)
     some = index.rescore(vectors[:1], np.array([[-1, 2000, index.ids[7]]]), by=by)
     assert some.ids.tolist() == [[index.ids[7], -1, -1]]
     assert some.scores[0, 1:].tolist() == [-np.inf, -np.inf]

@@ -21,6 +21,7 @@
 // per 512 bits of a pair, see hamming_search_simd.inc); one query, memory bandwidth.
 #pragma once
 #include <cstdint>
+#include <memory>
 
 #include "common/tensor_view.h"
 #include "common/topk.h"
@@ -94,6 +95,8 @@ void topk(const Matrix<const uint8_t>& queries, const Database& database, Metric
 void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,
                  const Ranges& ranges, Metric metric, int64_t k, void* values, int64_t* ids);
 
+class Hits;
+
 // Everything at distance <= radius (intersection: >= radius), ids rising in each query's run.
 class RangeResult {
  public:
@@ -115,7 +118,7 @@ class RangeResult {
   void collect(const Matrix<const uint8_t>& queries, const Database& database, const Ranges* ranges,
                double radius);
 
-  HitBuffer* buffers_ = nullptr;  // one per (slice, query)
+  std::unique_ptr<Hits> hits_;  // one buffer per (slice, query)
   int64_t queries_ = 0, slices_ = 1, total_ = 0;
   Metric metric_;
 };

@@ -99,20 +99,27 @@ struct Plan {
   }
 };
 
-// Hit buffers of one task, freed with it.
+// Hit buffers, freed with their owner, or where one of them finds no memory.
 class Hits {
  public:
   Hits(int64_t count, int64_t k, uint32_t limit, bool ordered) : buffers_(count) {
-    for (HitBuffer& buffer : buffers_) start_hits(buffer, k, limit, ordered);
+    try {
+      for (HitBuffer& buffer : buffers_) start_hits(buffer, k, limit, ordered);
+    } catch (...) {
+      free_all();
+      throw;
+    }
   }
-  ~Hits() {
-    for (HitBuffer& buffer : buffers_) free_hits(buffer);
-  }
+  ~Hits() { free_all(); }
   Hits(const Hits&) = delete;
   Hits& operator=(const Hits&) = delete;
   HitBuffer* data() { return buffers_.data(); }
 
  private:
+  void free_all() {
+    for (HitBuffer& buffer : buffers_) free_hits(buffer);
+  }
+
   std::vector<HitBuffer> buffers_;
 };
 

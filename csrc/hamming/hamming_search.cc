@@ -231,14 +231,13 @@ void RangeResult::collect(const Matrix<const uint8_t>& queries, const Database& 
   queries_ = queries.rows;
   const Plan plan(queries_, rows, words, kQueryGroup);
   slices_ = ranges ? 1 : plan.slices;
-  buffers_ = new HitBuffer[std::max<int64_t>(1, queries_ * slices_)];
-  for (int64_t i = 0; i < queries_ * slices_; ++i)
-    start_hits(buffers_[i], 0, radius_limit(metric_, radius), true);
+  hits_ = std::make_unique<Hits>(queries_ * slices_, 0, radius_limit(metric_, radius), true);
+  HitBuffer* buffers = hits_->data();
   const std::vector<uint32_t> live = live_bits(database.mask, rows);
   parallel_for(queries_ ? plan.groups * slices_ : 0, [&](int64_t task) {
     const int64_t g = task % plan.groups, s = task / plan.groups;
     const int64_t q0 = g * plan.group, count = std::min(plan.group, queries_ - q0);
-    HitBuffer* hits = buffers_ + s * queries_ + q0;
+    HitBuffer* hits = buffers + s * queries_ + q0;
     if (ranges) {
       scan_ranges(queries, database, *ranges, live, metric_, q0, count, hits);
     } else if (const int64_t first = s * plan.slice_rows; first < rows) {
@@ -248,7 +247,7 @@ void RangeResult::collect(const Matrix<const uint8_t>& queries, const Database& 
                 hits);
     }
   });
-  for (int64_t i = 0; i < queries_ * slices_; ++i) total_ += buffers_[i].size;
+  for (int64_t i = 0; i < queries_ * slices_; ++i) total_ += buffers[i].size;
 }
 
 RangeResult::RangeResult(const Matrix<const uint8_t>& queries, const Database& database,
@@ -263,10 +262,7 @@ RangeResult::RangeResult(const Matrix<const uint8_t>& queries, const Database& d
   collect(queries, database, &ranges, radius);
 }
 
-RangeResult::~RangeResult() {
-  for (int64_t i = 0; i < queries_ * slices_; ++i) free_hits(buffers_[i]);
-  delete[] buffers_;
-}
+RangeResult::~RangeResult() = default;
 
 void RangeResult::write(int64_t* indptr, void* values, int64_t* ids) const {
   int64_t at = 0;
@@ -274,7 +270,7 @@ void RangeResult::write(int64_t* indptr, void* values, int64_t* ids) const {
     indptr[q] = at;
     std::vector<Hit> hits;
     for (int64_t s = 0; s < slices_; ++s) {
-      const HitBuffer& buffer = buffers_[s * queries_ + q];
+      const HitBuffer& buffer = hits_->data()[s * queries_ + q];
       hits.insert(hits.end(), buffer.items, buffer.items + buffer.size);
     }
     std::sort(hits.begin(), hits.end(), [](const Hit& a, const Hit& b) { return a.id < b.id; });
