@@ -52,12 +52,13 @@ __attribute__((noinline, optimize("no-tree-vectorize"))) void scalar(const uint8
   }
 }
 
+// About half of what Zen 4 measures (3.6, 7.2, 9.0, 12.7): scalar code stays near 1.
 double required(Isa level) {
   switch (level) {
     case Isa::v2: return 1.5;
     case Isa::v3: return 3;
-    case Isa::v4: return 6;
-    case Isa::v4x: return 12;
+    case Isa::v4: return 4;
+    case Isa::v4x: return 5;
     case Isa::neon: return 1.5;
   }
   return 1;
