@@ -8,6 +8,8 @@ import textwrap
 
 import numpy as np
 
+from pentad import hamming as H
+
 METRICS = ("hamming", "jaccard", "and")
 KINDS = ("random", "ties", "sparse", "dense", "extreme")
 LAYOUTS = ("plain", "fortran", "reversed", "strided", "unaligned")
@@ -101,3 +103,33 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 """
+
+
+DIM = 77
+
+# Every function of pentad.hamming, as a function of the fixture `inputs`.
+CALLS = {
+    "pack": lambda i: H.pack(i["x"]),
+    "pack threshold": lambda i: H.pack(i["x"], 0.5),
+    "unpack": lambda i: H.unpack(i["q"], DIM),
+    "distance": lambda i: H.distance(i["q"], i["db"]),
+    "distance jaccard": lambda i: H.distance(i["q"], i["db"], metric="jaccard"),
+    "intersection": lambda i: H.intersection(i["q"], i["db"]),
+    "topk": lambda i: H.topk(i["q"], i["db"], 7),
+    "topk jaccard": lambda i: H.topk(i["q"], i["db"], 70, metric="jaccard"),
+    "topk and": lambda i: H.topk(i["q"], i["db"], 5, metric="and"),
+    "topk mask": lambda i: H.topk(i["q"], i["db"], 50, mask=i["mask"]),
+    "range": lambda i: H.range_search(i["q"], i["db"], 37.5),
+    "range mask": lambda i: H.range_search(i["q"], i["db"], 0.7, metric="jaccard", mask=i["mask"]),
+    "score": lambda i: H.score(i["x"], i["db"]),
+    "topk_score": lambda i: H.topk_score(i["x"], i["db"], 9),
+    "topk_score mask": lambda i: H.topk_score(i["x"], i["db"], 60, mask=i["mask"]),
+    "weighted_sum": lambda i: H.weighted_sum(i["w"], i["db"], DIM),
+    "ste": lambda i: H.binarize(i["x"]),
+    "tanh": lambda i: H.binarize(i["x"], "tanh", 0.5),
+    "bind": lambda i: H.bind(i["q"][:, None], i["db"]),
+    "bundle": lambda i: H.bundle(i["db"], DIM),
+    "bundle weights": lambda i: H.bundle(i["db"], DIM, weights=i["votes"], ties="one"),
+    "bundle zero": lambda i: H.bundle(i["db"][:4], DIM, ties="zero"),
+    "permute": lambda i: H.permute(i["q"], DIM, 13),
+}

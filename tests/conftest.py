@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from cases import DIM, codes
 from hypothesis import HealthCheck, settings
 
 import pentad
@@ -51,3 +52,16 @@ def threads():
     before = pentad.num_threads()
     yield pentad.set_num_threads
     pentad.set_num_threads(before)
+
+
+@pytest.fixture
+def inputs(rng):
+    """Arguments for `cases.CALLS`."""
+    return {
+        "x": rng.standard_normal((6, DIM)).astype(np.float32),
+        "q": codes(rng, 6, DIM),
+        "db": codes(rng, 60, DIM),
+        "mask": rng.random(60) < 0.5,
+        "w": rng.standard_normal((4, 60)).astype(np.float32),
+        "votes": rng.integers(-2, 3, 60).astype(np.float32),
+    }

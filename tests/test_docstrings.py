@@ -26,10 +26,7 @@ def modules():
 
 
 def public():
-    for family in FAMILIES:
-        package = importlib.import_module(family)
-        for name in package.__all__:
-            yield f"{family}.{name}"
+    return [f"{f}.{name}" for f in FAMILIES for name in importlib.import_module(f).__all__]
 
 
 def resolve(dotted):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BinaryIndex and BinaryIVFIndex: against a dict and brute force, refusals, threads, files."""
+"""BinaryIndex and BinaryIVFIndex: against a dict and brute force, and what they refuse."""
 
-import sys
-import threading
+import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -10,39 +10,10 @@ from cases import METRICS, assert_same, codes, laid_out
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from index_cases import CLASSES, STORES, expected_range, expected_search, make, whole_vectors
 
 import pentad
 from pentad.hamming import BinaryIndex, BinaryIVFIndex, reference
-
-STORES = (None, "int8", "float16")
-CLASSES = (BinaryIndex, BinaryIVFIndex)
-
-
-def make(cls, dim, *, rng=None, lists=5, **options):
-    """An empty index, trained and exhaustive where it is an inverted one."""
-    if cls is BinaryIndex:
-        return BinaryIndex(dim, **options)
-    index = BinaryIVFIndex(dim, lists, nprobe=lists, **options)
-    index.train(codes(rng or np.random.default_rng(5), 40, dim))
-    return index
-
-
-def whole_vectors(rng, n, dim):
-    """Vectors that int8 and float16 keep exactly: integers with 127 as the largest."""
-    vectors = rng.integers(-5, 6, (n, dim)).astype(np.float32)
-    vectors[:, 0] = np.where(rng.random(n) < 0.5, 127, -127)
-    return vectors
-
-
-def expected_search(ids, rows, queries, k, metric, keep=None):
-    values, at = reference.topk(queries, rows, k, metric, keep)
-    return values, np.where(at >= 0, ids[np.maximum(at, 0)] if len(ids) else -1, -1)
-
-
-def expected_range(ids, rows, queries, radius, metric, keep=None):
-    indptr, values, at = reference.range_search(queries, rows, radius, metric, keep)
-    return indptr, values, ids[at]
-
 
 # --- A random life, against a dict ----------------------------------------------------------------
 
@@ -423,6 +394,46 @@ def test_what_was_given_may_change_afterwards(rng):
         assert_same(index.reconstruct(index.ids), want)
 
 
+@pytest.mark.parametrize("cls", [BinaryIndex, BinaryIVFIndex])
+@pytest.mark.parametrize("by", ["bits", "store"])
+def test_rescoring_apart_equals_rescoring_within(cls, by):
+    rng = np.random.default_rng(5)
+    vectors = rng.standard_normal((300, 70)).astype(np.float32)
+    index = cls(70, store="int8") if cls is BinaryIndex else cls(70, 4, store="int8", nprobe=4)
+    if cls is BinaryIVFIndex:
+        index.train(vectors)
+    index.add(vectors, rng.permutation(1000)[:300])
+    within = index.search(vectors[:9], 6, rescore=by, oversample=5)
+    apart = index.rescore(vectors[:9], index.search(vectors[:9], 30).ids, by=by)
+    assert (apart.ids[:, :6] == within.ids).all()
+    assert (apart.scores[:, :6] == within.scores).all()
+    found = index.search(vectors[:9], 30).ids
+    for layout in ("fortran", "reversed", "strided"):
+        again = index.rescore(laid_out(vectors[:9], layout), laid_out(found, layout), by=by)
+        assert_same(tuple(again), tuple(apart))
+    assert index.rescore(vectors[:9], found[:, :0], by=by).ids.shape == (9, 0)
+    assert index.rescore(vectors[:0], found[:0], by=by).ids.shape == (0, 30)
+    some = index.rescore(vectors[:1], np.array([[-1, 2000, index.ids[7]]]), by=by)
+    assert some.ids.tolist() == [[index.ids[7], -1, -1]]
+    assert some.scores[0, 1:].tolist() == [-np.inf, -np.inf]
+
+
+def test_rescore_refuses():
+    index = BinaryIndex(16)
+    index.add(np.ones((3, 16), np.float32))
+    query, ids = np.ones((2, 16), np.float32), np.zeros((2, 1), np.int64)
+    with pytest.raises(ValueError, match="store=None"):
+        index.rescore(query, ids)
+    with pytest.raises(ValueError, match="by is 'best'"):
+        index.rescore(query, ids, by="best")
+    with pytest.raises(TypeError, match="not codes"):
+        index.rescore(np.zeros((2, 2), np.uint8), ids, by="bits")
+    with pytest.raises(TypeError, match="int32"):
+        index.rescore(query, ids.astype(np.int32), by="bits")
+    with pytest.raises(ValueError, match=r"expected \(2, c\)"):
+        index.rescore(query, ids[:1], by="bits")
+
+
 # --- Refusals -------------------------------------------------------------------------------------
 
 V = np.ones((2, 20), np.float32)
@@ -569,513 +580,15 @@ def test_the_widest_index(rng):
     assert_same(tuple(index.search(rows, 2)), reference.topk(rows, rows, 2))
 
 
-# --- Several threads ------------------------------------------------------------------------------
-
-
-def run_beside(work, helpers):
-    """Runs work() while each helper() repeats in a thread of its own; returns their results."""
-    ended, results, errors = threading.Event(), [], []
-
-    def repeat(helper):
-        try:
-            while True:
-                last = ended.is_set()  # one more round after the end
-                results.append(helper())
-                if last:
-                    return
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=repeat, args=(h,)) for h in helpers]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
-    for thread in threads:
-        thread.start()
-    try:
-        work()
-    finally:
-        ended.set()
-        sys.setswitchinterval(interval)
-        for thread in threads:
-            thread.join()
-    assert not errors, errors
-    return results
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("rising", [True, False])
-def test_searches_beside_adds_see_one_state(rng, cls, rising):
-    dim, batch, batches, k = 40, 7, 60 if cls is BinaryIndex else 25, 6
-    n = batch * batches
-    vectors = rng.integers(-1, 2, (n, dim)).astype(np.float32)
-    vectors[:, 0] = 127
-    ids = np.arange(n) if rising else rng.permutation(n)
-    queries = rng.standard_normal((5, dim)).astype(np.float32)
-    packed = pentad.hamming.pack(queries)
-    index = make(cls, dim, store="int8")
-
-    wants = set()
-    for size in range(0, n + 1, batch):
-        order = np.argsort(ids[:size])
-        rows = pentad.hamming.pack(vectors[:size][order])
-        wants.add(
-            b"".join(p.tobytes() for p in expected_search(ids[order], rows, packed, k, "hamming"))
-        )
-
-    def add():
-        for first in range(0, n, batch):
-            index.add(vectors[first : first + batch], ids[first : first + batch])
-
-    def search():
-        return "search", b"".join(part.tobytes() for part in index.search(queries, k))
-
-    def rescore():
-        scores, found = index.search(queries, k, rescore="store")
-        exact = (queries.astype(np.float64) @ vectors.T.astype(np.float64))[
-            np.arange(5)[:, None], np.argsort(ids)[np.maximum(found, 0)]
-        ]
-        return "rescore", np.abs(np.where(found >= 0, exact - scores, 0)).max()
-
-    def reconstruct():
-        known = index.ids
-        return "vectors", (index.reconstruct(known) == vectors[np.argsort(ids)[known]]).all()
-
-    def count():
-        known = index.ids
-        return "ids", len(known) % batch == 0 and len(np.unique(known)) == len(known)
-
-    results = run_beside(add, [search, search, rescore, reconstruct, count])
-    for kind, result in results:
-        if kind == "search":
-            assert result in wants
-        elif kind == "rescore":
-            assert result < 1e-3
-        else:
-            assert result
-    assert len(index) == n
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_searches_beside_removals_and_updates_see_one_state(rng, cls):
-    dim, n, k = 30, 200, 200
-    old, new = codes(rng, n, dim), codes(rng, n, dim)
-    index = make(cls, dim)
-    index.add(old)
-    query = codes(rng, 1, dim)
-    old_d, new_d = (reference.distance(query, rows)[0] for rows in (old, new))
-
-    def change():
-        for i in range(0, n, 10):
-            index.update(np.arange(i, i + 10), new[i : i + 10])
-            index.remove(np.arange(i, i + 5))
-
-    results = run_beside(change, [lambda: index.search(query, k)] * 3)
-    for scores, ids in results:
-        d, found = scores[0][ids[0] >= 0], ids[0][ids[0] >= 0]
-        assert len(np.unique(found)) == len(found)
-        assert (np.diff(d) >= 0).all()
-        assert ((d == old_d[found]) | (d == new_d[found])).all()
-        # Changes go upwards in tens: a state is new codes below some border, old ones above it.
-        border = np.flatnonzero(d[np.argsort(found)] != new_d[np.sort(found)])
-        if len(border):
-            first_old = np.sort(found)[border[0]] // 10 * 10
-            above = np.sort(found)[np.sort(found) >= first_old]
-            assert (d[np.argsort(found)][np.sort(found) >= first_old] == old_d[above]).all()
-            assert set(above) == set(range(first_old, n))
-
-
-def interrupted(call, change, at):
-    """call(), with change() made just before its at-th bytecode in the modules of the indexes.
-
-    Returns what call() gave or raised, and whether it lasted that long. What another thread may do
-    at any moment is done here at every moment in turn.
-    """
-    left = [at]
-
-    def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("hamming/index.py", "hamming/ivf.py")):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left[0] -= 1
-            if left[0] == 0:
-                change()
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        result = call()
-    except ValueError as error:
-        result = str(error)
-    finally:
-        sys.settrace(before)
-    return result, left[0] <= 0
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("change", ["append", "insert", "remove", "update"])
-@pytest.mark.parametrize(
-    "call", ["search", "rescored", "filter", "range", "rescore", "reconstruct", "ids"]
-)
-def test_a_change_at_any_moment(rng, cls, call, change):
-    """Each result is that of the state before or of the one after, never of a mixture."""
-    vectors, new = whole_vectors(rng, 40, 12), whole_vectors(rng, 40, 12)
-    queries = vectors[:2] + 0
-    changes = {
-        "append": lambda index: index.add(new[:30], np.arange(100, 130)),
-        "insert": lambda index: index.add(new[:30], np.arange(30)),
-        "remove": lambda index: index.remove(np.arange(30, 50)),
-        "update": lambda index: index.update(np.arange(30, 60), new[:30]),
-    }
-    calls = {
-        "search": lambda index: tuple(index.search(queries, 5)),
-        "rescored": lambda index: tuple(index.search(queries, 5, rescore="store")),
-        "rescore": lambda index: tuple(index.rescore(queries, np.array([[31, 60, 45, 2]] * 2))),
-        "filter": lambda index: tuple(index.search(queries, 5, filter=[31, 45, 60, 69, 101, 3])),
-        "range": lambda index: tuple(index.range_search(queries, 6)),
-        "reconstruct": lambda index: (index.reconstruct([60, 31, 45, 69]),),
-        "ids": lambda index: (index.ids + 0,),
-    }
-
-    def fresh():
-        index = make(cls, 12, store="int8")
-        index.add(vectors, np.arange(30, 70))
-        return index
-
-    def bits(result):
-        return result if isinstance(result, str) else [part.tobytes() for part in result]
-
-    states = [fresh(), fresh()]
-    changes[change](states[1])
-    wants = [bits(interrupted(lambda s=s: calls[call](s), None, -1)[0]) for s in states]
-    assert wants[0] != wants[1] or call in ("ids", "reconstruct")
-    at, lasted = 1, True
-    while lasted:
-        index = fresh()
-        result, lasted = interrupted(
-            lambda i=index: calls[call](i), lambda i=index: changes[change](i), at
-        )
-        assert bits(result) in wants, at
-        at += 1 if call in ("ids", "reconstruct") else 7
-    assert at > 5
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_adds_from_several_threads_all_arrive(rng, cls):
-    rows = codes(rng, 400, 50)
-    index = make(cls, 50)
-
-    def add(part):
-        for i in range(part * 100, part * 100 + 100, 20):
-            index.add(rows[i : i + 20], np.arange(i, i + 20))
-
-    threads = [threading.Thread(target=add, args=(part,)) for part in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert index.ids.tolist() == list(range(400))
-    assert_same(tuple(index.search(rows[:9], 5)), reference.topk(rows[:9], rows, 5))
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_automatic_ids_from_several_threads_are_unique(rng, cls):
-    rows = codes(rng, 5, 50)
-    index = make(cls, 50)
-    threads = [
-        threading.Thread(target=lambda: [index.add(rows) for _ in range(10)]) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert index.ids.tolist() == list(range(200))
-
-
-def test_a_save_beside_adds_is_one_state(rng, tmp_path, monkeypatch):
-    """An add fills up the last block in place; it must not do so between checksum and write."""
-    rows = codes(rng, 100, 30)
-    index = BinaryIndex(30)
-    index.add(rows[:40])
-    checksum, adders = pentad._file.zlib.crc32, []
-
-    def checksum_and_add(data):
-        value = checksum(data)
-        if not adders:
-            adders.append(threading.Thread(target=index.add, args=(rows[40:41],)))
-            adders[0].start()
-            adders[0].join(timeout=0.3)  # either it waits for the save or it is done
-        return value
-
-    monkeypatch.setattr(pentad._file.zlib, "crc32", checksum_and_add)
-    index.save(tmp_path / "x")
-    monkeypatch.undo()
-    adders[0].join()
-    loaded = BinaryIndex.load(tmp_path / "x")
-    assert len(loaded) == 40
-    assert_same(tuple(loaded.search(rows[:9], 5)), reference.topk(rows[:9], rows[:40], 5))
-    assert len(index) == 41
-
-
-# --- Files ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("metric", METRICS)
-def test_round_trip(rng, tmp_path, cls, store, metric):
-    path = tmp_path / "x.pentad"
-    rescore = "bits" if store is None else "store"
-    for n, mmap in [(0, True), (1, True), (32, False), (77, True), (77, False)]:
-        index = make(cls, 50, metric=metric, store=store)
-        vectors = whole_vectors(rng, n + 5, 50)
-        index.add(vectors[:n], rng.permutation(1000)[:n])
-        index.save(path)
-        loaded = cls.load(path, mmap=mmap)
-        assert (loaded.dim, loaded.metric, loaded.store) == (50, metric, store)
-        assert len(loaded) == n
-        for options in ({}, {"rescore": rescore}, {"filter": index.ids[::2]}):
-            assert_same(
-                tuple(loaded.search(vectors[:3], 4, **options)),
-                tuple(index.search(vectors[:3], 4, **options)),
-            )
-        before = path.read_bytes()
-        first = index.ids[:2].tolist()
-        for changed in (index, loaded):  # a loaded index can be changed; its file cannot
-            changed.add(vectors[n:])
-            changed.remove(first)
-            changed.update(changed.ids[:1], vectors[:1])
-        assert_same(tuple(loaded.search(vectors, 9)), tuple(index.search(vectors, 9)))
-        assert path.read_bytes() == before
-        loaded.save(path)  # over the file that it is mapped from
-        assert_same(tuple(cls.load(path).search(vectors, 9)), tuple(index.search(vectors, 9)))
-
-
-def test_loading_another_kind(tmp_path):
-    make(BinaryIVFIndex, 8).save(tmp_path / "x")
-    with pytest.raises(pentad.FormatError, match=r"holds 'hamming\.BinaryIVFIndex', expected"):
-        BinaryIndex.load(tmp_path / "x")
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_damaged_files_are_refused(rng, tmp_path, cls):
-    index = make(cls, 30, metric="jaccard", store="int8")
-    index.add(whole_vectors(rng, 40, 30))
-    path = tmp_path / "x"
-    index.save(path)
-    data = path.read_bytes()
-    want = tuple(index.search(np.ones((2, 30), np.float32), 40, rescore="store"))
-    for at in rng.integers(0, len(data), 150):
-        bent = bytearray(data)
-        bent[at] ^= 1 << rng.integers(8)
-        path.write_bytes(bent)
-        try:
-            loaded = cls.load(path)
-        except pentad.FormatError:
-            continue
-        # Only the gaps between the sections are free to change.
-        got = loaded.search(np.ones((2, 30), np.float32), 40, rescore="store")
-        assert_same(tuple(got), want)
-    for length in rng.integers(0, len(data), 50):
-        path.write_bytes(data[:length])
-        with pytest.raises(pentad.FormatError):
-            cls.load(path)
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_unverified_damage_never_crashes(rng, tmp_path, cls):
-    index = make(cls, 30, metric="jaccard", store="int8")
-    index.add(whole_vectors(rng, 90, 30))
-    path = tmp_path / "x"
-    index.save(path)
-    data = path.read_bytes()
-    queries = np.ones((2, 30), np.float32)
-    for at in rng.integers(0, len(data), 150):
-        bent = bytearray(data)
-        bent[at : at + 8] = rng.bytes(len(bent[at : at + 8]))
-        path.write_bytes(bent)
-        try:
-            loaded = cls.load(path, verify=False)
-            loaded.search(queries, 5, rescore="store", filter=loaded.ids[:5])
-            loaded.range_search(queries, 0.5)
-            loaded.reconstruct(loaded.ids[:9])
-        except ValueError:
-            pass
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_sections_that_do_not_fit_are_refused(rng, cls):
-    index = make(cls, 30, metric="jaccard", store="int8")
-    index.add(whole_vectors(rng, 40, 30))
-    meta, arrays = index.to_sections()
-    cls.from_sections(meta, arrays)
-    for name in arrays:
-        if name == "centroids":
-            continue  # an untrained index has none
-        missing = {k: v for k, v in arrays.items() if k != name}
-        with pytest.raises(pentad.FormatError):
-            cls.from_sections(meta, missing)
-    for name, array in arrays.items():
-        wrong = (array[:-1], array[None], array.astype(np.float64), np.zeros((), array.dtype))
-        for other in wrong:
-            with pytest.raises(pentad.FormatError):
-                cls.from_sections(meta, arrays | {name: other})
-    for key in meta:
-        with pytest.raises(pentad.FormatError):
-            cls.from_sections({k: v for k, v in meta.items() if k != key}, arrays)
-        for value in (None, -1, "x", [1], 10**30, 0):
-            if (key, value) in (("store", None), ("nprobe", 10**30)):
-                continue  # which are fine
-            with pytest.raises(pentad.FormatError):
-                cls.from_sections(meta | {key: value}, arrays)
-    with pytest.raises(pentad.FormatError):
-        cls.from_sections(meta | {"dim": 99}, arrays)
-    with pytest.raises(pentad.FormatError):
-        cls.from_sections(meta | {"store": None}, arrays)
-    with pytest.raises(pentad.FormatError):
-        cls.from_sections(meta | {"metric": "hamming"}, arrays)
-    swapped = arrays["ids"].copy()
-    swapped[:2] = swapped[0]
-    with pytest.raises(pentad.FormatError):
-        cls.from_sections(meta, arrays | {"ids": swapped})
-    swapped[0] = -5
-    with pytest.raises(pentad.FormatError):
-        cls.from_sections(meta, arrays | {"ids": swapped})
-
-
-# --- The inverted index ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("nprobe", [1, 3, 12, 100])
-def test_probed_lists_are_searched_exactly(rng, isa, metric, nprobe):
-    rows, queries = codes(rng, 900, 60), codes(rng, 9, 60)
-    index = BinaryIVFIndex(60, 12, metric=metric, nprobe=2)
-    index.train(rows[:300])
-    index.add(rows)
-    home = reference.topk(rows, index.centroids, 1)[1][:, 0]
-    visited = reference.topk(queries, index.centroids, min(nprobe, 12))[1]
-    chosen = rng.random(900) < 0.5
-    for keep in (None, chosen):
-        found = index.search(queries, 15, nprobe=nprobe, filter=keep)
-        hits = index.range_search(queries, 20, nprobe=nprobe, filter=keep)
-        for q in range(len(queries)):
-            allowed = np.isin(home, visited[q]) & (True if keep is None else keep)
-            want = reference.topk(queries[q : q + 1], rows, 15, metric, allowed)
-            assert_same((found.scores[q : q + 1], found.ids[q : q + 1]), want)
-            _, values, ids = reference.range_search(queries[q : q + 1], rows, 20, metric, allowed)
-            part = slice(hits[0][q], hits[0][q + 1])
-            assert_same((hits[1][part], hits[2][part]), (values, ids))
-    index.nprobe = nprobe
-    assert_same(tuple(index.search(queries, 15)), tuple(index.search(queries, 15, nprobe=nprobe)))
-    with pytest.raises(ValueError, match="nprobe is 0"):
-        index.search(queries, 1, nprobe=0)
-
-
-def test_nprobe_is_checked_when_set(tmp_path):
-    index = make(BinaryIVFIndex, 16)
-    for value, error in ((0, ValueError), (-3, ValueError), (2.0, TypeError), ("2", TypeError)):
-        with pytest.raises(error, match="nprobe is"):
-            index.nprobe = value
-    index.nprobe = np.int64(3)
-    index.save(tmp_path / "x")
-    assert BinaryIVFIndex.load(tmp_path / "x").nprobe == 3
-
-
-def test_training_is_deterministic_and_helps(rng):
-    centres = codes(rng, 8, 128)
-    noise = np.packbits(rng.random((800, 128)) < 0.08, axis=1)
-    rows = centres[rng.integers(0, 8, 800)] ^ noise
-
-    def cost(index):
-        return int(reference.distance(rows, index.centroids).min(1).sum())
-
-    fitted = []
-    for seed, iterations in ((0, 10), (0, 10), (1, 10), (0, 0)):
-        index = BinaryIVFIndex(128, 8)
-        index.train(rows, seed=seed, iterations=iterations)
-        fitted.append(index)
-    assert_same(fitted[0].centroids, fitted[1].centroids)
-    assert cost(fitted[0]) < cost(fitted[3])
-    index = fitted[0]
-    index.add(rows)
-    exact = BinaryIndex(128)
-    exact.add(rows)
-    same = index.search(rows[:50], 10, nprobe=2).ids == exact.search(rows[:50], 10).ids
-    assert same.mean() > 0.7
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_training_on_few_distinct_rows(rng, rows):
-    distinct = codes(rng, rows, 40)
-    index = BinaryIVFIndex(40, 6, nprobe=6)
-    index.train(distinct[rng.integers(0, rows, 30)])
-    index.add(np.repeat(distinct, 4, 0))
-    want = reference.topk(distinct, np.repeat(distinct, 4, 0), 5)
-    assert_same(tuple(index.search(distinct, 5)), want)
-
-
-def test_training_again_needs_an_empty_index(rng):
-    index = make(BinaryIVFIndex, 16)
-    rows = codes(rng, 20, 16)
-    index.add(rows)
-    centroids = index.centroids.copy()
-    with pytest.raises(ValueError, match="already holds 20 rows"):
-        index.train(rows)
-    assert_same(index.centroids, centroids)
-    assert_same(tuple(index.search(rows, 2)), reference.topk(rows, rows, 2))
-    index.remove(range(20))
-    index.train(rows)
-    index.add(rows)
-    assert len(index) == 20
-
-
-def test_an_untrained_index_survives_its_file(tmp_path, rng):
-    BinaryIVFIndex(16, 3).save(tmp_path / "x")
-    index = BinaryIVFIndex.load(tmp_path / "x")
-    with pytest.raises(ValueError, match="not trained"):
-        index.search(codes(rng, 1, 16), 1)
-    index.train(codes(rng, 5, 16))
-    index.add(codes(rng, 5, 16))
-    assert len(index) == 5
-
-
-@pytest.mark.parametrize("cls", [BinaryIndex, BinaryIVFIndex])
-@pytest.mark.parametrize("by", ["bits", "store"])
-def test_rescoring_apart_equals_rescoring_within(cls, by):
-    rng = np.random.default_rng(5)
-    vectors = rng.standard_normal((300, 70)).astype(np.float32)
-    index = cls(70, store="int8") if cls is BinaryIndex else cls(70, 4, store="int8", nprobe=4)
-    if cls is BinaryIVFIndex:
-        index.train(vectors)
-    index.add(vectors, rng.permutation(1000)[:300])
-    within = index.search(vectors[:9], 6, rescore=by, oversample=5)
-    apart = index.rescore(vectors[:9], index.search(vectors[:9], 30).ids, by=by)
-    assert (apart.ids[:, :6] == within.ids).all()
-    assert (apart.scores[:, :6] == within.scores).all()
-    found = index.search(vectors[:9], 30).ids
-    for layout in ("fortran", "reversed", "strided"):
-        again = index.rescore(laid_out(vectors[:9], layout), laid_out(found, layout), by=by)
-        assert_same(tuple(again), tuple(apart))
-    assert index.rescore(vectors[:9], found[:, :0], by=by).ids.shape == (9, 0)
-    assert index.rescore(vectors[:0], found[:0], by=by).ids.shape == (0, 30)
-    some = index.rescore(vectors[:1], np.array([[-1, 2000, index.ids[7]]]), by=by)
-    assert some.ids.tolist() == [[index.ids[7], -1, -1]]
-    assert some.scores[0, 1:].tolist() == [-np.inf, -np.inf]
-
-
-def test_rescore_refuses():
-    index = BinaryIndex(16)
-    index.add(np.ones((3, 16), np.float32))
-    query, ids = np.ones((2, 16), np.float32), np.zeros((2, 1), np.int64)
-    with pytest.raises(ValueError, match="store=None"):
-        index.rescore(query, ids)
-    with pytest.raises(ValueError, match="by is 'best'"):
-        index.rescore(query, ids, by="best")
-    with pytest.raises(TypeError, match="not codes"):
-        index.rescore(np.zeros((2, 2), np.uint8), ids, by="bits")
-    with pytest.raises(TypeError, match="int32"):
-        index.rescore(query, ids.astype(np.int32), by="bits")
-    with pytest.raises(ValueError, match=r"expected \(2, c\)"):
-        index.rescore(query, ids[:1], by="bits")
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda i: pickle.loads(pickle.dumps(i))])
+def test_copies_are_independent(how):
+    rng = np.random.default_rng(6)
+    index = BinaryIndex(64)
+    index.add(rng.integers(0, 256, (10, 8), dtype=np.uint8))
+    index.add(rng.integers(0, 256, (10, 8), dtype=np.uint8))  # leaves room in the last block
+    other = how(index)
+    rows = index.codes()
+    index.add(np.full((1, 8), 1, np.uint8))
+    other.add(np.full((1, 8), 2, np.uint8))
+    assert (index.codes() == np.vstack([rows, np.full((1, 8), 1)])).all()
+    assert (other.codes() == np.vstack([rows, np.full((1, 8), 2)])).all()

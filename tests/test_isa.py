@@ -257,7 +257,7 @@ def test_hot_kernels_use_the_registers_of_their_level(registers, level, kernel):
         if owner == level and name.startswith(kernel):
             lines += counts
     widest = REGISTER[level]
-    assert lines[widest] > sum(lines.values()) / 8, dict(lines)
+    assert lines[widest] > sum(lines.values()) / 6, dict(lines)
     assert all(register <= widest for register in lines), dict(lines)
 
 

@@ -159,6 +159,7 @@ void py_pack(const TensorView& x, double threshold, const TensorView& out) {
          -1);
   if (x.rank < 1) bad_value(op, "x has no dimension to pack");
   expect_rows(out, x, (x.shape[x.rank - 1] + 7) / 8, DType::u8, op);
+  if (x.dtype == DType::i8 || x.dtype == DType::boolean) threshold = std::floor(threshold);
   if (x.dtype == DType::f16) threshold = rounded(threshold, 10, -14, 65504.0);
   if (x.dtype == DType::bf16) threshold = rounded(threshold, 7, -126, 0x1.fep127);
   const std::vector<int64_t> offsets = row_offsets(x);

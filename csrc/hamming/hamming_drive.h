@@ -92,7 +92,9 @@ struct Plan {
     groups = std::max<int64_t>(1, ceil_div(nq, group));
     const int64_t threads = num_threads();
     slices = groups >= 2 * threads ? 1 : ceil_div(threads, groups);
-    slices = std::min(slices, 1 + nq * rows * words * 2 / kSerialWork);
+    const double work = 2.0 * static_cast<double>(nq) * static_cast<double>(rows * words);
+    if (work < static_cast<double>(slices) * kSerialWork)
+      slices = 1 + static_cast<int64_t>(work / kSerialWork);
     slices = std::min(slices, std::max<int64_t>(1, ceil_div(rows, kBlockRows)));
     slice_rows = ceil_div(ceil_div(rows, slices), kBlockRows) * kBlockRows;
     slices = slice_rows ? std::max<int64_t>(1, ceil_div(rows, slice_rows)) : 1;

@@ -29,13 +29,13 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1. Before any call: torch's number where torch is loaded, else
+        1 to 1024. Before any call: torch's number where torch is loaded, else
         ``PENTAD_NUM_THREADS``, else the processors this process may use.
 
     Raises
     ------
     ValueError
-        If `n` is less than 1.
+        If `n` is not between 1 and 1024.
     """
     _set_num_threads(n)
 

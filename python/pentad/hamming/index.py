@@ -67,6 +67,10 @@ class CodeIndex:
         self._writing = threading.Lock()
         self._rows = Rows.empty(0, self.dim, metric, store)
 
+    def __reduce__(self):
+        """Copies and pickles carry the rows, and share nothing that a later change writes to."""
+        return type(self).from_sections, self.to_sections()
+
     def _op(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"
 
