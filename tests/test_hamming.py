@@ -112,7 +112,7 @@ def test_search_equals_brute_force(isa, threads, c):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dim", [1, 63, 65, 1000, 2100])
+@pytest.mark.parametrize("dim", [1, 65, 2100])
 @pytest.mark.parametrize("kind", ["random", "ties"])
 def test_ten_thousand_codes(rng, isa, metric, dim, kind):
     db, q = codes(rng, 10_000, dim, kind), codes(rng, 3, dim)
