@@ -26,8 +26,8 @@ $(BIN)/python:
 $(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt pip
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
-	$(BIN)/python tools/requirements.py build search torch encoders bench dev \
-	  | $(BIN)/python -m pip install -q -c constraints.txt -r /dev/stdin
+	$(BIN)/python tools/requirements.py build search torch encoders bench dev >$(VENV)/requirements.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
 $(PACKAGE): $(DEPENDENCIES) $(SOURCES)
@@ -64,7 +64,7 @@ test-sanitize: build/sanitize/build.ninja
 
 # --- Style -----------------------------------------------------------------------------------------
 
-NATIVE := $(shell git ls-files 'csrc/*' 'tests/cpp/*' 'bench/cpp/*' 2>/dev/null | grep -E '\.(h|cc|cu|cuh|inc)$$')
+NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.inc')
 
 lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .

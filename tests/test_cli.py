@@ -72,6 +72,20 @@ def test_a_pipe_gets_one_line_for_each_hit(built):
     assert "\033" not in process.stdout
 
 
+def test_more_answers_than_passages(built):
+    process = run("search", "open a file", "-k", "100000000", "--file", str(built[0]))
+    assert process.returncode == 0
+    assert process.stdout.splitlines()[-1].startswith("# ")
+
+
+@pytest.mark.parametrize("out", [".", "missing/x.pentad"])
+def test_what_cannot_be_saved_is_not_built(tmp_path, out):
+    process = run("index", "--package", "json", "--out", str(tmp_path / out))
+    assert process.returncode == 1
+    assert "cannot be written" in process.stderr
+    assert "reading files" not in process.stderr
+
+
 def test_json_is_for_programs(built):
     arguments = ("search", "parse a json string", "-k", "3", "--rescore", "bits", "--json")
     process = run(*arguments, "--package", "json", "--file", str(built[0]))
@@ -120,7 +134,11 @@ def test_a_terminal_gets_colours(built):
         (["search", "x", "--file", "missing.pentad"], 1, "there is no file missing.pentad"),
         (["search", "x", "--file", __file__], 1, "test_cli.py is not a pentad file"),
         (["index", "--package", "no-such"], 1, "no installed package is called 'no-such'"),
-        (["index", "--package", "gzip", "--out", "/dev/null/x"], 1, "File exists: '/dev/null'"),
+        (
+            ["index", "--package", "gzip", "--out", "/dev/null/x"],
+            1,
+            "x cannot be written",
+        ),
         ([], 2, "required: COMMAND"),
         (["serch"], 2, "invalid choice: 'serch'"),
     ],

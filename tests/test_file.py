@@ -328,9 +328,11 @@ def test_forged_headers_are_refused(tmp_path, name, mmap):
 # --- Atomicity ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync", "chmod", "fdopen"])
+@pytest.mark.parametrize(
+    ("call", "existing"),
+    [(c, e) for c in ("replace", "fsync", "fdopen") for e in (True, False)] + [("chmod", True)],
+)  # only a file that is replaced hands its mode on
 @pytest.mark.parametrize("error", [OSError("disk on fire"), KeyboardInterrupt()])
-@pytest.mark.parametrize("existing", [True, False])
 def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, call, error, existing):
     path = tmp_path / "x"
     if existing:

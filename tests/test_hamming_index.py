@@ -486,7 +486,7 @@ REFUSED = {
         "filter",
     ),
     "search filter float": (lambda i: i.search(V, 1, filter=[1.5]), TypeError, "dtype float64"),
-    "search filter negative": (lambda i: i.search(V, 1, filter=[-1]), ValueError, "negative"),
+    "search filter negative": (lambda i: i.search(V, 1, filter=[-2]), ValueError, "negative"),
     "search beyond memory": (lambda i: i.search(V, 2**42), MemoryError, None),
     "rescored beyond memory": (lambda i: i.search(V, 2**42, rescore="bits"), MemoryError, None),
     "range NaN": (lambda i: i.range_search(V, np.nan), ValueError, "radius is NaN"),
@@ -552,7 +552,7 @@ def test_rescoring_by_what_was_not_stored():
     [
         (lambda: BinaryIndex(0), ValueError, "dim is 0"),
         (lambda: BinaryIndex(8.0), TypeError, "dim is 8.0"),
-        (lambda: BinaryIndex(65_473), ValueError, "at most 8184"),
+        (lambda: BinaryIndex(65_473), ValueError, "at most 65472"),
         (lambda: BinaryIndex(10**18), ValueError, None),
         (lambda: BinaryIndex(8, metric="l2"), ValueError, "metric is 'l2'"),
         (lambda: BinaryIndex(8, store="int4"), ValueError, "store is 'int4'"),
@@ -592,3 +592,12 @@ def test_copies_are_independent(how):
     other.add(np.full((1, 8), 2, np.uint8))
     assert (index.codes() == np.vstack([rows, np.full((1, 8), 1)])).all()
     assert (other.codes() == np.vstack([rows, np.full((1, 8), 2)])).all()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_results_of_a_search_may_filter_another(cls):
+    index = make(cls, 8)
+    index.add(np.array([[1], [2], [4]], np.uint8))
+    found = index.search(np.array([[1]], np.uint8), 5).ids  # ends with -1
+    again = index.search(np.array([[1]], np.uint8), 5, filter=found[0])
+    assert (again.ids == found).all()

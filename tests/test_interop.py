@@ -546,3 +546,15 @@ def test_cuda_tensors_are_refused(inputs):
 def test_device_error_is_public():
     assert issubclass(pentad.DeviceError, RuntimeError)
     assert pentad.DeviceError is _C.DeviceError
+
+
+@pytest.mark.parametrize("estimator", ["tanh", "bernoulli"])
+def test_second_derivatives_of_binarize(estimator):
+    """Of the stand-in: the forward value is constant almost everywhere."""
+    x = torch.tensor([0.3, -0.5, 2.0, 0.9], dtype=torch.float64, requires_grad=True)
+    slope, stand_in = [], {"tanh": torch.tanh, "bernoulli": lambda t: 2 * torch.sigmoid(t) - 1}
+    for y in (pentad.hamming.binarize(x, estimator), stand_in[estimator](x)):
+        (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        slope.append(second)
+    torch.testing.assert_close(*slope)

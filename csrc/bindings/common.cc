@@ -34,10 +34,9 @@ void bind_common(py::module_& m) {
   m.def("set_isa", [](const std::string& level) { set_isa(isa_from_name(level.c_str())); });
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int64_t n) {
-    constexpr int64_t kMost = 1024;
-    if (n < 1 || n > kMost)
+    if (n < 1 || n > kMostThreads)
       bad_value("set_num_threads",
-                "n is " + std::to_string(n) + ", expected 1 to " + std::to_string(kMost));
+                "n is " + std::to_string(n) + ", expected 1 to " + std::to_string(kMostThreads));
     set_num_threads(static_cast<int>(n));
   });
   m.def("thread_runtime", [] { return std::string(thread_runtime()); });

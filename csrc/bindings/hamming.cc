@@ -391,15 +391,18 @@ void bind_hamming(py::module_& m) {
 
   py::class_<RangeResult>(m, "HammingRange")
       .def_property_readonly("total", &RangeResult::total)
-      .def("write", [](const RangeResult& result, const TensorView& indptr,
-                       const TensorView& values, const TensorView& ids) {
-        constexpr const char* op = "hamming.range_search";
-        expect_output(indptr, op, "indptr", DType::i64, {result.queries() + 1});
-        expect_output(values, op, "values", value_type(result.metric()), {result.total()});
-        expect_output(ids, op, "ids", DType::i64, {result.total()});
-        result.write(static_cast<int64_t*>(indptr.data), values.data,
-                     static_cast<int64_t*>(ids.data));
-      });
+      .def(
+          "write",
+          [](const RangeResult& result, const TensorView& indptr, const TensorView& values,
+             const TensorView& ids) {
+            constexpr const char* op = "hamming.range_search";
+            expect_output(indptr, op, "indptr", DType::i64, {result.queries() + 1});
+            expect_output(values, op, "values", value_type(result.metric()), {result.total()});
+            expect_output(ids, op, "ids", DType::i64, {result.total()});
+            result.write(static_cast<int64_t*>(indptr.data), values.data,
+                         static_cast<int64_t*>(ids.data));
+          },
+          release);
 }
 
 }  // namespace pentad

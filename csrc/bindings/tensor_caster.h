@@ -40,8 +40,7 @@ class ViewHolder {
   pybind11::object capsule_;
 };
 
-// --- Checks, each in one place. `op` and `name` begin the message: "[hamming.topk] codes ..."
-// -------
+// --- Checks, each in one place. `op` and `name` begin the message: "[hamming.topk] codes ..." ----
 
 std::string shape_text(const TensorView& view);
 const char* dtype_name(DType dtype);

@@ -2,6 +2,7 @@
 #include "common/parallel.h"
 
 #include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #include <sched.h>
 
@@ -25,8 +26,8 @@ thread_local bool inside_region = false;
 
 int default_threads() {
   if (const char* text = std::getenv("PENTAD_NUM_THREADS")) {
-    const int n = std::atoi(text);
-    if (n >= 1) return n;
+    const long n = std::strtol(text, nullptr, 10);
+    if (n >= 1) return static_cast<int>(std::min<long>(n, kMostThreads));
   }
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
@@ -55,6 +56,19 @@ struct Region {
   }
 };
 
+// How many libraries were loaded so far. A failed look-up by name searches the library paths, some
+// 20 us; it is repeated only when this has changed.
+unsigned long long loads() {
+  unsigned long long adds = 0;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        *static_cast<unsigned long long*>(out) = info->dlpi_adds;
+        return 1;  // the first entry will do
+      },
+      &adds);
+  return adds;
+}
+
 // --- The adopted OpenMP runtime ------------------------------------------------------------------
 
 struct OpenMP {
@@ -68,11 +82,14 @@ void lookup(F& f, const char* symbol) {
   f = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, symbol));
 }
 
-// Looked up until found, since torch may be imported after us; a miss costs about a microsecond.
+// Looked up until found, since torch may be imported after us.
 const OpenMP* openmp() {
   static std::atomic<const OpenMP*> found{nullptr};
   if (forked.load(std::memory_order_relaxed)) return nullptr;
   if (const OpenMP* runtime = found.load(std::memory_order_acquire)) return runtime;
+  static std::atomic<unsigned long long> missed{0};
+  const unsigned long long now = loads();
+  if (missed.exchange(now, std::memory_order_relaxed) == now) return nullptr;
   OpenMP candidate;
   lookup(candidate.parallel, "GOMP_parallel");
   lookup(candidate.in_parallel, "omp_in_parallel");
@@ -102,6 +119,9 @@ struct Torch {
 const Torch* loaded_torch() {
   static std::atomic<const Torch*> found{nullptr};
   if (const Torch* torch = found.load(std::memory_order_acquire)) return torch;
+  static std::atomic<unsigned long long> missed{0};
+  const unsigned long long now = loads();
+  if (missed.exchange(now, std::memory_order_relaxed) == now) return nullptr;
   void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (!library) return nullptr;
   static Torch torch;

@@ -13,10 +13,12 @@
 
 namespace pentad {
 
+constexpr int kMostThreads = 1024;
+
 // Threads that the next parallel_for of the calling thread uses: torch's number where torch is
 // loaded, else this package's own (PENTAD_NUM_THREADS, or the processors that may be used).
 int num_threads();
-// Sets it, torch's too where torch is loaded. n >= 1.
+// Sets it, torch's too where torch is loaded. 1 <= n <= kMostThreads.
 void set_num_threads(int n);
 // "openmp (libgomp.so.1)" or "own pool".
 const char* thread_runtime();

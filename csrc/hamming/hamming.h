@@ -34,12 +34,11 @@ enum class Metric : int { hamming, jaccard, intersection };
 // 65,535.
 constexpr int64_t kMaxBytes = 8184;
 
-// --- The blocked layout
-// --------------------------------------------------------------------------- Rows are grouped in
-// blocks of 32. Word w (16 bits, the bytes 2w and 2w + 1) of the block's 32 codes stands together:
-// uint16 block[words][32]. So one 64-byte row is one zmm register with a lane per code, a tile of
-// queries is compared with it without any horizontal sum, and one comparison checks 32 results.
-// `words` is a multiple of four.
+// --- The blocked layout --------------------------------------------------------------------------
+// Rows are grouped in blocks of 32. Word w (16 bits, the bytes 2w and 2w + 1) of the block's 32
+// codes stands together: uint16 block[words][32]. So one 64-byte row is one zmm register with a
+// lane per code, a tile of queries is compared with it without any horizontal sum, and one
+// comparison checks 32 results. `words` is a multiple of four.
 //
 // A row holds not word w itself but the xor of the words 0..w of each code: the parity of differing
 // bits, which the scan needs after every word, is then one xor away (hamming_search_simd.inc), and
@@ -65,9 +64,8 @@ void to_blocks(const Matrix<const uint8_t>& codes, uint16_t* blocks, uint16_t* o
 void from_blocks(const Blocks& blocks, const int64_t* positions, int64_t count,
                  const Matrix<uint8_t>& codes);
 
-// --- What is searched
-// ----------------------------------------------------------------------------- Either row-major
-// codes, which are brought into blocks chunk by chunk on the way, or blocks.
+// --- What is searched ----------------------------------------------------------------------------
+// Either row-major codes, which are brought into blocks chunk by chunk on the way, or blocks.
 struct Database {
   Matrix<const uint8_t> codes;  // used where blocks.data is null
   Blocks blocks;
@@ -86,10 +84,9 @@ struct Ranges {
   const int64_t* end = nullptr;
 };
 
-// --- Entries
-// ---------------------------------------------------------------------------------------- values
-// (int32, or float32 for jaccard) and ids are (queries.rows, k), contiguous. Where fewer than k
-// rows qualify the id is -1 and the value INT32_MAX, +inf or (intersection) -1.
+// --- Entries -------------------------------------------------------------------------------------
+// values (int32, or float32 for jaccard) and ids are (queries.rows, k), contiguous. Where fewer
+// than k rows qualify the id is -1 and the value INT32_MAX, +inf or (intersection) -1.
 void topk(const Matrix<const uint8_t>& queries, const Database& database, Metric metric, int64_t k,
           void* values, int64_t* ids);
 void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,

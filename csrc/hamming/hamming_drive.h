@@ -28,8 +28,7 @@ inline int64_t chunk_blocks(int64_t words) {
   return std::max<int64_t>(1, kChunkBytes / (std::max<int64_t>(words, 1) * kBlockRows * 2));
 }
 
-// --- Codes
-// -----------------------------------------------------------------------------------------
+// --- Codes ---------------------------------------------------------------------------------------
 
 // Hands out chunks of blocks: slices of a blocked database, or row-major codes interleaved into
 // scratch memory of its own.
@@ -77,8 +76,7 @@ class Chunks {
 // One bit per row from one byte per row; empty without a mask.
 std::vector<uint32_t> live_bits(const uint8_t* mask, int64_t rows);
 
-// --- Splitting
-// -------------------------------------------------------------------------------------
+// --- Splitting -----------------------------------------------------------------------------------
 
 // Queries in groups, rows in slices: enough pieces for the threads, no more. Many queries are split
 // by group, so each result is made by one thread; few queries split the rows.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner kernels that exist once per instruction-set level (hamming_search_simd.inc), as plain
-// structs and function pointers. hamming.cc drives them: it tiles, splits over threads and merges.
+// structs and function pointers. hamming_search.cc and hamming_score.cc drive them: they, splits over threads and merges.
 #pragma once
 #include <stdint.h>
 

@@ -10,9 +10,9 @@ namespace pentad::hamming {
 namespace {
 
 constexpr int64_t kQueryGroup = 256;  // queries that share one pass over the codes
+constexpr int64_t kRangesGroup = 8;   // queries of one task where each visits rows of its own
 
-// --- Queries
-// ---------------------------------------------------------------------------------------
+// --- Queries -------------------------------------------------------------------------------------
 
 // A group of queries as the kernels want them (hamming_kernels.h), and their popcounts.
 struct QueryTiles {
@@ -48,8 +48,7 @@ struct QueryTiles {
   }
 };
 
-// --- Keys
-// ------------------------------------------------------------------------------------------
+// --- Keys ----------------------------------------------------------------------------------------
 
 // Limits under which every key lies: counts stay below 65,535, costs below infinity.
 uint32_t open_limit(Metric metric) {
@@ -86,8 +85,7 @@ void scan(const ScanJob& job, Metric metric) {
   }
 }
 
-// --- Scanning
-// -------------------------------------------------------------------------------------
+// --- Scanning ------------------------------------------------------------------------------------
 
 // Few queries against row-major codes: see "Plain rows" in hamming_search_simd.inc.
 bool scans_plainly(const Database& database, Metric metric, int64_t nq) {
@@ -182,9 +180,8 @@ void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,
   if (nq == 0 || k == 0) return;
   const int64_t keep = std::max<int64_t>(1, std::min(k, rows));
   const std::vector<uint32_t> live = live_bits(database.mask, rows);
-  constexpr int64_t kTaskQueries = 8;
-  parallel_for(ceil_div(nq, kTaskQueries), [&](int64_t task) {
-    const int64_t q0 = task * kTaskQueries, count = std::min(kTaskQueries, nq - q0);
+  parallel_for(ceil_div(nq, kRangesGroup), [&](int64_t task) {
+    const int64_t q0 = task * kRangesGroup, count = std::min(kRangesGroup, nq - q0);
     Hits found(count, keep, open_limit(metric), false);
     scan_ranges(queries, database, ranges, live, metric, q0, count, found.data());
     for (int64_t q = 0; q < count; ++q) {
@@ -200,8 +197,7 @@ void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,
   });
 }
 
-// --- Range search
-// ----------------------------------------------------------------------------------
+// --- Range search --------------------------------------------------------------------------------
 
 namespace {
 
@@ -229,8 +225,13 @@ void RangeResult::collect(const Matrix<const uint8_t>& queries, const Database& 
                           const Ranges* ranges, double radius) {
   const int64_t words = words_of(database), rows = database.rows();
   queries_ = queries.rows;
-  const Plan plan(queries_, rows, words, kQueryGroup);
-  slices_ = ranges ? 1 : plan.slices;
+  Plan plan(queries_, rows, words, kQueryGroup);
+  if (ranges) {  // each query has rows of its own to visit
+    plan.group = kRangesGroup;
+    plan.groups = ceil_div(queries_, plan.group);
+    plan.slices = 1;
+  }
+  slices_ = plan.slices;
   hits_ = std::make_unique<Hits>(queries_ * slices_, 0, radius_limit(metric_, radius), true);
   HitBuffer* buffers = hits_->data();
   const std::vector<uint32_t> live = live_bits(database.mask, rows);
@@ -265,25 +266,27 @@ RangeResult::RangeResult(const Matrix<const uint8_t>& queries, const Database& d
 RangeResult::~RangeResult() = default;
 
 void RangeResult::write(int64_t* indptr, void* values, int64_t* ids) const {
-  int64_t at = 0;
+  indptr[0] = 0;
   for (int64_t q = 0; q < queries_; ++q) {
-    indptr[q] = at;
+    indptr[q + 1] = indptr[q];
+    for (int64_t s = 0; s < slices_; ++s) indptr[q + 1] += hits_->data()[s * queries_ + q].size;
+  }
+  parallel_for(queries_, [&](int64_t q) {
     std::vector<Hit> hits;
     for (int64_t s = 0; s < slices_; ++s) {
       const HitBuffer& buffer = hits_->data()[s * queries_ + q];
       hits.insert(hits.end(), buffer.items, buffer.items + buffer.size);
     }
     std::sort(hits.begin(), hits.end(), [](const Hit& a, const Hit& b) { return a.id < b.id; });
+    int64_t at = indptr[q];
     for (const Hit& hit : hits) {
       ids[at] = hit.id;
       write_value(metric_, hit.key, values, at++);
     }
-  }
-  indptr[queries_] = at;
+  });
 }
 
-// --- All pairs
-// ---------------------------------------------------------------------------------------
+// --- All pairs -----------------------------------------------------------------------------------
 
 void distance(const Matrix<const uint8_t>& a, const Matrix<const uint8_t>& b, Metric metric,
               void* out) {

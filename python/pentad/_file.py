@@ -18,8 +18,8 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -55,7 +55,11 @@ def write(path, kind: str, meta: dict, arrays: dict[str, np.ndarray]) -> None:
     OSError
         When the folder cannot be written; an existing file is left as it was.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link keeps pointing at the file
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
     sections, payload, offset = [], [], 0
     for name, array in arrays.items():
         dtype = array.dtype.newbyteorder("<")
@@ -77,7 +81,8 @@ def write(path, kind: str, meta: dict, arrays: dict[str, np.ndarray]) -> None:
     prefix = _PREFIX.pack(_MAGIC, _VERSION, zlib.crc32(text), len(text))
     start = _aligned(len(prefix) + len(text))
 
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(6)}"
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(prefix + text)
@@ -87,23 +92,14 @@ def write(path, kind: str, meta: dict, arrays: dict[str, np.ndarray]) -> None:
             file.truncate(start + offset)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _new_file_mode(path))
+        if path.exists():
+            os.chmod(temporary, path.stat().st_mode & 0o777)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
-
-
-def _new_file_mode(path: Path) -> int:
-    """The mode of the file that is replaced, else what the umask leaves; mkstemp's is private."""
-    try:
-        return path.stat().st_mode & 0o777
-    except FileNotFoundError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
 
 
 def _sync_folder(folder: Path) -> None:
@@ -192,6 +188,8 @@ def _section(path: Path, buffer, start: int, section: dict, verify: bool) -> np.
     dtype = np.dtype(section["dtype"]).newbyteorder("<")
     first = start + section["offset"]
     data = buffer[first : first + math.prod(shape) * dtype.itemsize]
+    if section["offset"] % _ALIGN:
+        raise FormatError(f"{path}: section {name} is not on a {_ALIGN}-byte boundary")
     if len(data) != math.prod(shape) * dtype.itemsize or section["offset"] < 0:
         raise FormatError(f"{path}: section {name} reaches past the end of the file")
     if verify and zlib.crc32(data) != section["crc32"]:

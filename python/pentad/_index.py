@@ -37,3 +37,9 @@ def check_ids(op: str, ids, count: int | None = None, *, unique: bool = True) ->
         values, counts = np.unique(array, return_counts=True)
         raise ValueError(f"[{op}] id {values[counts > 1][0]} is given twice")
     return array
+
+
+def present_ids(ids):
+    """Each id once, without -1, which stands for 'no result'."""
+    ids = np.unique(ids)
+    return ids[ids != -1] if ids.dtype.kind in "iu" else ids

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -69,12 +70,13 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     if not answer.hits:
         print(f"No passage has any word of: {question}", file=sys.stderr)
     if docs.stale:
-        renew = [f"pentad index --encoder {options.encoder}"]
-        renew += [f"--package {package}" for package in docs.about["packages"]]
-        renew += [f"--out {path}"] if options.file else []
+        renew = ["pentad", "index", "--encoder", docs.about["encoder"]]
+        for package in docs.about["packages"]:
+            renew += ["--package", package]
+        renew += ["--out", str(path)] if options.file else []
         print(
             f"Other packages are installed than when {path} was built; renew it with "
-            f"`{' '.join(renew)}`.",
+            f"`{shlex.join(renew)}`.",
             file=sys.stderr,
         )
     return 0
@@ -82,13 +84,16 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
 
 def _build(path: Path, encoder: str, packages) -> None:
     """Build an index and save it, with progress and a summary on standard error."""
-    from .docsearch import DocIndex, present
+    from .docsearch import DocIndex, default_path, present
 
     start = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be saved need not be built
+    if path.parent == default_path(encoder).parent:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"{path} cannot be written")  # what cannot be saved need not be built
     with present.progress() as progress:
         docs = DocIndex.build(
-            packages, encoder=encoder, processes=os.cpu_count() or 1, progress=progress
+            packages, encoder=encoder, processes=len(os.sched_getaffinity(0)), progress=progress
         )
         docs.save(path)
     skipped = "".join(f", {n} {reason}" for reason, n in docs.about["skipped"].items())

@@ -156,9 +156,10 @@ class DocIndex:
         if not query.any():  # not one known word
             return Answer([], {"encode": encoded - start})
         mode = RESCORE[rescore]
+        k = min(k, len(self.passages))
         found = self.index.search(
             query,
-            k if mode is None else k * OVERSAMPLE,
+            k if mode is None else min(k * OVERSAMPLE, len(self.passages)),
             filter=self.passages.of_packages(packages) if packages else None,
         )
         searched = time.perf_counter()
@@ -219,8 +220,8 @@ class DocIndex:
             encoder = ENCODERS[about["encoder"]].from_sections(parts["encoder"])
             index = BinaryIndex.from_sections(about["index"], parts["index"])
             return cls(PassageTable(parts["passages"]), encoder, index, about)
-        except KeyError as error:
-            raise FormatError(f"{path} lacks {error}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"{path} is malformed: {error!r}") from error
 
 
 def default_path(encoder: str = "lsa") -> Path:

@@ -2,7 +2,6 @@
 """The torch side of `pentad.hamming`: operators, their shape functions and their gradients."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from pentad._ops import define, needs_grad
 from pentad.hamming import _kernels
@@ -132,7 +131,6 @@ class _Binarize(torch.autograd.Function):
         return _signs(x, one)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         t = ctx.temperature

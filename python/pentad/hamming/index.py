@@ -5,10 +5,10 @@ import threading
 
 import numpy as np
 
-from pentad import _file
+from pentad import _C, _file
 from pentad._arrays import dtype_name, is_numpy, like, to_numpy
 from pentad._errors import FormatError
-from pentad._index import SearchResult, check_ids
+from pentad._index import SearchResult, check_ids, present_ids
 from pentad.hamming import functional
 from pentad.hamming._rows import STORES, Rows, best_scores, quantize
 
@@ -59,9 +59,8 @@ class CodeIndex:
         functional.check_choice(op, "metric", metric, functional.METRICS)
         if store not in STORES:
             raise ValueError(f"[{op}] store is {store!r}, expected one of None, 'int8', 'float16'")
-        functional.check_same_bytes(
-            op, "codes", np.empty((0, -(-dim // 8))), "", np.empty((0, -(-dim // 8)))
-        )
+        if dim > 8 * _C.hamming_max_bytes:
+            raise ValueError(f"[{op}] dim is {dim}, at most {8 * _C.hamming_max_bytes} bits")
         self.metric = metric
         self.store = store
         self._writing = threading.Lock()
@@ -94,7 +93,8 @@ class CodeIndex:
                 raise ValueError(f"[{self._op(name)}] no {count} ids are left after {last}")
             return last + np.arange(1, count + 1, dtype=np.int64)
         ids = check_ids(self._op(name), ids if not hasattr(ids, "detach") else to_numpy(ids), count)
-        present = np.isin(ids, state_ids)
+        at = np.searchsorted(state_ids, ids)
+        present = np.append(state_ids, -1)[at] == ids
         if present.any():
             raise ValueError(f"[{self._op(name)}] id {ids[present][0]} is already in the index")
         return ids
@@ -318,7 +318,7 @@ class BinaryIndex(CodeIndex):
                 )
             return np.ascontiguousarray(keep)
         mask = np.zeros(count, np.bool_)
-        mask[self._positions(name, np.unique(keep), missing="skip")] = True
+        mask[self._positions(name, present_ids(keep), missing="skip")] = True
         return mask
 
     def search(self, queries, k, *, filter=None, rescore=None, oversample=4) -> SearchResult:
@@ -407,7 +407,10 @@ class BinaryIndex(CodeIndex):
         return rows.codes(snapshot._positions("codes", ids, unique=False))
 
     def to_sections(self):
-        """(meta, arrays) for a file that embeds this index; see `from_sections`."""
+        """(meta, arrays) for a file that embeds this index; see `from_sections`.
+
+        The arrays are the index's own: an `add` before they are written may change the last block.
+        """
         meta = {"dim": self.dim, "metric": self.metric, "store": self.store}
         return meta, self._rows.arrays()
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from pentad._arrays import like, to_numpy
 from pentad._errors import FormatError
-from pentad._index import SearchResult, check_ids
+from pentad._index import SearchResult, check_ids, present_ids
 from pentad.hamming import functional
 from pentad.hamming._rows import BLOCK, Rows, padded
 from pentad.hamming.index import BinaryIndex, CodeIndex, _reconstruct, _with_count
@@ -198,7 +198,7 @@ class BinaryIVFIndex(CodeIndex):
                 )
             mask[lists.sorted_at[keep]] = True
         else:
-            at = lists.positions(check_ids(self._op(name), np.unique(keep)))
+            at = lists.positions(check_ids(self._op(name), present_ids(keep)))
             mask[at[at >= 0]] = True
         return mask
 
@@ -221,7 +221,10 @@ class BinaryIVFIndex(CodeIndex):
     @classmethod
     def from_sections(cls, meta: dict, arrays: dict) -> "BinaryIVFIndex":
         """Rebuild an index from `to_sections`; raises FormatError where the parts do not fit."""
+        sizes, centroids = arrays.get("sizes"), arrays.get("centroids")
         try:
+            if sizes is None or sizes.shape != (meta["lists"],):  # before so many lists are made
+                raise FormatError("the lists of the index are malformed")
             index = cls(
                 meta["dim"],
                 meta["lists"],
@@ -229,14 +232,13 @@ class BinaryIVFIndex(CodeIndex):
                 store=meta["store"],
                 nprobe=meta["nprobe"],
             )
+        except FormatError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"the description of the index is malformed: {error!r}") from error
-        sizes, centroids = arrays.get("sizes"), arrays.get("centroids")
         width = -(-index.dim // 8)
         if (
-            sizes is None
-            or sizes.dtype != np.int64
-            or sizes.shape != (index.lists,)
+            sizes.dtype != np.int64
             or (sizes < 0).any()
             or (centroids is not None and centroids.shape != (index.lists, width))
             or (centroids is not None and centroids.dtype != np.uint8)
