@@ -558,3 +558,20 @@ def test_second_derivatives_of_binarize(estimator):
         (second,) = torch.autograd.grad(first.sum(), x)
         slope.append(second)
     torch.testing.assert_close(*slope)
+
+
+def test_functional_gradients():
+    x = torch.randn(3, 20)
+    codes = pentad.hamming.pack(torch.randn(5, 20))
+    signs = pentad.hamming.unpack(codes, 20)
+    got = torch.func.grad(lambda x: pentad.hamming.score(x, codes).square().sum())(x)
+    want = torch.func.grad(lambda x: (x @ signs.T).square().sum())(x)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn(3, 5)
+    got = torch.func.grad(lambda w: pentad.hamming.weighted_sum(w, codes, 20).square().sum())(
+        weights
+    )
+    want = torch.func.grad(lambda w: (w @ signs).square().sum())(weights)
+    torch.testing.assert_close(got, want)
+    got = torch.func.grad(lambda x: pentad.hamming.binarize(x, "tanh").sum())(x)
+    torch.testing.assert_close(got, 1 - torch.tanh(x) ** 2)

@@ -85,10 +85,14 @@ class _Score(torch.autograd.Function):
     """score is linear in x with the matrix of signs, so its gradient is weighted_sum."""
 
     @staticmethod
-    def forward(ctx, x, codes):
+    def forward(x, codes):
+        return score_op(x, codes)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, codes = inputs
         ctx.save_for_backward(codes)
         ctx.dim = x.shape[1]
-        return score_op(x, codes)
 
     @staticmethod
     def backward(ctx, grad):
@@ -100,9 +104,12 @@ class _WeightedSum(torch.autograd.Function):
     """And the other way round, one batch entry at a time."""
 
     @staticmethod
-    def forward(ctx, weights, codes, dim):
-        ctx.save_for_backward(codes)
+    def forward(weights, codes, dim):
         return weighted_sum_op(weights, codes, dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):
@@ -125,10 +132,13 @@ class _Binarize(torch.autograd.Function):
     """Forward the sign or a sample; backward the derivative of a smooth stand-in."""
 
     @staticmethod
-    def forward(ctx, x, one, estimator, temperature):
-        ctx.save_for_backward(x)
-        ctx.estimator, ctx.temperature = estimator, temperature
+    def forward(x, one, estimator, temperature):
         return _signs(x, one)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, ctx.estimator, ctx.temperature = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, grad):
