@@ -3,12 +3,9 @@
 
 from pentad.hamming.functional import (
     binarize,
-    bind,
-    bundle,
     distance,
     intersection,
     pack,
-    permute,
     range_search,
     score,
     topk,
@@ -16,6 +13,7 @@ from pentad.hamming.functional import (
     unpack,
     weighted_sum,
 )
+from pentad.hamming.hyperdimensional import bind, bundle, permute
 from pentad.hamming.index import BinaryIndex
 from pentad.hamming.ivf import BinaryIVFIndex
 

@@ -6,7 +6,7 @@ import numpy as np
 from pentad._arrays import like, to_numpy
 from pentad._errors import FormatError
 from pentad._index import SearchResult, check_ids, present_ids
-from pentad.hamming import functional
+from pentad.hamming import functional, hyperdimensional
 from pentad.hamming._rows import BLOCK, Rows, padded
 from pentad.hamming.index import BinaryIndex, CodeIndex, _reconstruct, _with_count
 
@@ -337,7 +337,9 @@ def k_majority(codes, dim, count, seed=0, iterations=_ITERATIONS):
         for c in range(count):
             members = order[borders[c] : borders[c + 1]]
             fresh[c] = (
-                functional.bundle(codes[members], dim) if len(members) else codes[next(farthest)]
+                hyperdimensional.bundle(codes[members], dim)
+                if len(members)
+                else codes[next(farthest)]
             )
         if (fresh == centroids).all():
             break
