@@ -70,6 +70,7 @@ lint: $(DEPENDENCIES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/python bench/report.py --check
 
 format: $(DEPENDENCIES)
 	$(BIN)/ruff check --fix .
