@@ -168,8 +168,8 @@ class Pool {
   }
 
  private:
-  static constexpr int kSpins =
-      2000;  // a few microseconds: regions often follow each other closely
+  // A few microseconds: regions often follow each other closely.
+  static constexpr int kSpins = 2000;
 
   void serve(int index, uint64_t seen) {
     for (;;) {

@@ -141,9 +141,9 @@ def read(path, kind: str, *, mmap: bool = True, verify: bool = True):
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         header, start = _read_header(path, file, size)
-        if size:
-            buffer = np.memmap(file, dtype=np.uint8, mode="r") if mmap else None
-        if not mmap:
+        if mmap:
+            buffer = np.memmap(file, dtype=np.uint8, mode="r")
+        else:
             file.seek(0)
             buffer = np.frombuffer(file.read(), dtype=np.uint8)
     arrays = {}

@@ -64,7 +64,6 @@ class CodeIndex:
         self.metric = metric
         self.store = store
         self._writing = threading.Lock()
-        self._rows = Rows.empty(0, self.dim, metric, store)
 
     def __reduce__(self):
         """Copies and pickles carry the rows, and share nothing that a later change writes to."""
@@ -72,9 +71,6 @@ class CodeIndex:
 
     def _op(self, name: str) -> str:
         return f"{type(self).__name__}.{name}"
-
-    def __len__(self) -> int:
-        return self._rows.count
 
     def _input(self, name, array, what="vectors", *, finite=True) -> _Input:
         given = _Input(self._op(name), array, self.dim, what, finite=finite)
@@ -99,13 +95,15 @@ class CodeIndex:
             raise ValueError(f"[{self._op(name)}] id {ids[present][0]} is already in the index")
         return ids
 
-    def _search(self, rows: Rows, queries, k, mask, rescore, oversample, lists=None, ranges=None):
+    def _search(
+        self, rows: Rows, given: _Input, k, mask, rescore, oversample, lists=None, ranges=None
+    ):
+        """(scores, ids) as numpy arrays; with `lists`, only the rows of the ranges."""
         op = self._op("search")
         k = functional.check_count(op, "k", k)
         if rescore not in _RESCORES:
             raise ValueError(f"[{op}] rescore is {rescore!r}, expected None, 'bits' or 'store'")
         oversample = functional.check_count(op, "oversample", oversample, 1)
-        given = self._input("search", queries, "queries")
         if rescore is not None and given.floats is None:
             raise TypeError(f"[{op}] rescoring takes float queries, not codes")
         if rescore == "store" and self.store is None:
@@ -121,7 +119,7 @@ class CodeIndex:
             at = lists.positions(found)
         if rescore is not None:
             values, found = best_scores(rows.rescore(given.floats, at, rescore), found, k)
-        return SearchResult(like(queries, values), like(queries, found))
+        return values, found
 
     def rescore(self, queries, ids, *, by="store") -> SearchResult:
         """Order candidates, such as the ids of a search, by inner products with the float queries.
@@ -222,6 +220,13 @@ class BinaryIndex(CodeIndex):
     """
 
     _kind = "hamming.BinaryIndex"
+
+    def __init__(self, dim: int, *, metric: str = "hamming", store=None):
+        super().__init__(dim, metric=metric, store=store)
+        self._rows = Rows.empty(0, self.dim, metric, store)
+
+    def __len__(self) -> int:
+        return self._rows.count
 
     @property
     def ids(self) -> np.ndarray:
@@ -346,7 +351,9 @@ class BinaryIndex(CodeIndex):
         # One snapshot for the mask and the search: another thread may add between the two.
         snapshot = _view(self)
         mask = snapshot._mask("search", filter)
-        return snapshot._search(snapshot._rows, queries, k, mask, rescore, oversample)
+        given = snapshot._input("search", queries, "queries")
+        found = snapshot._search(snapshot._rows, given, k, mask, rescore, oversample)
+        return SearchResult(*(like(queries, part) for part in found))
 
     def range_search(self, queries, radius, *, filter=None):
         """Every row within `radius`, inclusive: (indptr, values, ids), ids rising per query.

@@ -7,8 +7,8 @@ from pentad._arrays import like, to_numpy
 from pentad._errors import FormatError
 from pentad._index import SearchResult, check_ids, present_ids
 from pentad.hamming import functional, hyperdimensional
-from pentad.hamming._rows import BLOCK, Rows, padded
-from pentad.hamming.index import BinaryIndex, CodeIndex, _reconstruct, _with_count
+from pentad.hamming._rows import BLOCK, Rows, padded, quantize
+from pentad.hamming.index import CodeIndex, _reconstruct, _with_count
 
 _ITERATIONS = 10
 
@@ -101,12 +101,11 @@ class BinaryIVFIndex(CodeIndex):
     def add(self, vectors_or_codes, ids=None) -> None:
         """Add rows; arguments and errors as in `BinaryIndex.add`."""
         self._trained("add")
-        content = BinaryIndex(self.dim, metric=self.metric, store=self.store)
+        given = self._input("add", vectors_or_codes, finite=self.store is not None)
+        vectors, scale = quantize(given.floats, self.store)
         with self._writing:
-            given = self._input("add", vectors_or_codes, finite=self.store is not None)
             new = self._new_ids("add", ids, len(given.codes), self._lists.sorted_ids)
-            content.add(vectors_or_codes, new)
-            self._lists = self._lists.with_rows(self, content._rows)
+            self._lists = self._lists.with_rows(self, (given.codes, new, vectors, scale))
 
     def remove(self, ids) -> int:
         """Remove rows by id; unknown ids are passed over. Returns how many were removed."""
@@ -125,14 +124,13 @@ class BinaryIVFIndex(CodeIndex):
         self._trained("update")
         given = self._input("update", vectors_or_codes, finite=self.store is not None)
         ids = check_ids(op, _plain(ids), len(given.codes))
-        content = BinaryIndex(self.dim, metric=self.metric, store=self.store)
-        content.add(vectors_or_codes, ids)
+        content = (given.codes, ids, *quantize(given.floats, self.store))
         with self._writing:
             lists = self._lists
             at = self._known("update", lists, ids)
             keep = np.setdiff1d(lists.filled, at, assume_unique=True)
             kept = lists.rebuilt(self, lists.rows.content(keep), lists.assigned(keep))
-            self._lists = kept.with_rows(self, content._rows)
+            self._lists = kept.with_rows(self, content)
 
     def reconstruct(self, ids) -> np.ndarray:
         """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1.
@@ -162,7 +160,8 @@ class BinaryIVFIndex(CodeIndex):
         given = self._input("search", queries, "queries")
         ranges = lists.ranges(given.codes, self._probes("search", nprobe), self.centroids)
         mask = self._filter_mask("search", lists, filter)
-        return self._search(lists.rows, queries, k, mask, rescore, oversample, lists, ranges)
+        found = self._search(lists.rows, given, k, mask, rescore, oversample, lists, ranges)
+        return SearchResult(*(like(queries, part) for part in found))
 
     def range_search(self, queries, radius, *, filter=None, nprobe=None):
         """Rows of the visited lists within `radius`, inclusive: (indptr, values, ids)."""
@@ -288,13 +287,12 @@ class _Lists:
         """The list that each row stands in."""
         return np.searchsorted(self.start, positions, side="right") - 1
 
-    def with_rows(self, index, new: Rows) -> "_Lists":
-        codes = new.codes(np.arange(new.count))
-        nearest = functional.topk(codes, index.centroids, 1)[1][:, 0]
+    def with_rows(self, index, content) -> "_Lists":
+        """These and new rows, (codes, ids, vectors, scale), each in the list of its centroid."""
+        nearest = functional.topk(content[0], index.centroids, 1)[1][:, 0]
         old = self.rows.content(self.filled)
         both = [
-            None if a is None else np.concatenate([a, b])
-            for a, b in zip(old, new.content(np.arange(new.count)), strict=True)
+            None if a is None else np.concatenate([a, b]) for a, b in zip(old, content, strict=True)
         ]
         return self.rebuilt(index, both, np.concatenate([self.assigned(self.filled), nearest]))
 
