@@ -3,6 +3,7 @@
 
 namespace pentad {
 void bind_common(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
 void bind_hamming(pybind11::module_& m);
 }  // namespace pentad
 
@@ -10,5 +11,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pentad. Use the functions of the package, which check and document.";
   m.attr("__version__") = PENTAD_VERSION;
   pentad::bind_common(m);
+  pentad::bind_attention(m);
   pentad::bind_hamming(m);
 }

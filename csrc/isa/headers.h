@@ -12,4 +12,5 @@
 #include <arm_neon.h>
 #endif
 
+#include "attention/attention_kernels.h"
 #include "hamming/hamming_kernels.h"

@@ -4,5 +4,6 @@
 
 namespace pentad::neon {
 #include "common/simd.inc"
+#include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
 }  // namespace pentad::neon

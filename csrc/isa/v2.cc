@@ -4,5 +4,6 @@
 
 namespace pentad::v2 {
 #include "common/simd.inc"
+#include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
 }  // namespace pentad::v2

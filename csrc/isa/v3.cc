@@ -4,5 +4,6 @@
 
 namespace pentad::v3 {
 #include "common/simd.inc"
+#include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
 }  // namespace pentad::v3
