@@ -19,57 +19,64 @@ constexpr int64_t kMostShares = 8;  // each costs a copy of dq in f32
 // Query-side rows, per (sequence, head) padded to whole blocks of 64.
 class PackedQueries {
  public:
-  PackedQueries(const Problem& p, const Shape& shape) : p_(p), shape_(shape), first_(p.batch + 1) {
+  PackedQueries(const Problem& p, const Gradients& g, const Shape& shape)
+      : p_(p), g_(g), shape_(shape), first_(p.batch + 1) {
     for (int64_t b = 0; b < p.batch; ++b)
       first_[b + 1] = first_[b] + padded(p.q_len(b), kTile) * p.heads;
     const int64_t rows = first_.back();
-    const auto room = [&](int64_t floats) { return aligned_buffer<float>(floats); };
+    const auto room = [&](int64_t floats) { return Scratch<float>(floats); };
     if (shape.bf16) {
       q_rows_ = room(rows * shape.units);
       do_rows_ = room(rows * shape.value_units);
     }
-    q_pairs_ = room(rows / pair() * shape.width);
-    do_pairs_ = room(rows / pair() * shape.value_width);
+    if (!is_packed(p.q, p.dim)) q_pairs_ = room(rows / pair() * shape.width);
+    if (!is_packed(g.d_out, p.value_dim)) do_pairs_ = room(rows / pair() * shape.value_width);
     lse_ = room(rows);
     delta_ = room(rows);
   }
 
   int64_t total_rows() const { return first_.back(); }
-  // Row number of query i, which is a multiple of 64 where pairs are asked for.
+  // Row number of query i.
   int64_t row(int64_t b, int64_t h, int64_t i) const {
     return first_[b] + h * padded(p_.q_len(b), kTile) + i;
   }
   float* lse(int64_t row) const { return lse_.get() + row; }
   float* delta(int64_t row) const { return delta_.get() + row; }
-  // f32 rows are their own pairs form.
-  const float* q_rows(int64_t row) const {
-    return shape_.bf16 ? q_rows_.get() + row * shape_.units : q_pairs(row);
+  // Query i, a multiple of 64. f32 rows are their own pairs form, and may stay where they are.
+  const float* q_rows(int64_t b, int64_t h, int64_t i) const {
+    return shape_.bf16 ? q_rows_.get() + row(b, h, i) * shape_.units : q_pairs(b, h, i);
   }
-  const float* do_rows(int64_t row) const {
-    return shape_.bf16 ? do_rows_.get() + row * shape_.value_units : do_pairs(row);
+  const float* do_rows(int64_t b, int64_t h, int64_t i) const {
+    return shape_.bf16 ? do_rows_.get() + row(b, h, i) * shape_.value_units : do_pairs(b, h, i);
   }
   int64_t q_step() const { return shape_.bf16 ? shape_.units : shape_.width; }
   int64_t do_step() const { return shape_.bf16 ? shape_.value_units : shape_.value_width; }
-  const float* q_pairs(int64_t row) const { return q_pairs_.get() + row / pair() * shape_.width; }
-  const float* do_pairs(int64_t row) const {
-    return do_pairs_.get() + row / pair() * shape_.value_width;
+  const float* q_pairs(int64_t b, int64_t h, int64_t i) const {
+    if (!q_pairs_.get()) return static_cast<const float*>(q_at(p_, p_.q, b, h, i));
+    return q_pairs_.get() + row(b, h, i) / pair() * shape_.width;
+  }
+  const float* do_pairs(int64_t b, int64_t h, int64_t i) const {
+    if (!do_pairs_.get()) return static_cast<const float*>(q_at(p_, g_.d_out, b, h, i));
+    return do_pairs_.get() + row(b, h, i) / pair() * shape_.value_width;
   }
 
-  void pack(const Gradients& g, int64_t b, int64_t h, int64_t first) {
+  void pack(int64_t b, int64_t h, int64_t first) {
     const int64_t count = std::min<int64_t>(kTile, p_.q_len(b) - first), at = row(b, h, first);
     const Rows q = pentad::attention::q_rows(p_, p_.q, b, h, first, count, p_.dim);
-    const Rows d_out = pentad::attention::q_rows(p_, g.d_out, b, h, first, count, p_.value_dim);
-    const Rows out = pentad::attention::q_rows(p_, g.out, b, h, first, count, p_.value_dim);
+    const Rows d_out = pentad::attention::q_rows(p_, g_.d_out, b, h, first, count, p_.value_dim);
+    const Rows out = pentad::attention::q_rows(p_, g_.out, b, h, first, count, p_.value_dim);
     if (shape_.bf16) {
-      kernels().pack_rows(q, true, const_cast<float*>(q_rows(at)));
-      kernels().pack_rows(d_out, true, const_cast<float*>(do_rows(at)));
+      kernels().pack_rows(q, true, q_rows_.get() + at * shape_.units);
+      kernels().pack_rows(d_out, true, do_rows_.get() + at * shape_.value_units);
     }
-    kernels().pack_pairs(q, shape_.bf16, const_cast<float*>(q_pairs(at)));
-    kernels().pack_pairs(d_out, shape_.bf16, const_cast<float*>(do_pairs(at)));
+    if (q_pairs_.get())
+      kernels().pack_pairs(q, shape_.bf16, q_pairs_.get() + at / pair() * shape_.width);
+    if (do_pairs_.get())
+      kernels().pack_pairs(d_out, shape_.bf16, do_pairs_.get() + at / pair() * shape_.value_width);
     kernels().row_dots(out, d_out, delta(at));
     for (int64_t i = 0; i < count; ++i) {
-      lse(at)[i] = at_lse(g.lse, b, h, first + i);
-      if (g.d_lse.data) delta(at)[i] -= at_lse(g.d_lse, b, h, first + i);
+      lse(at)[i] = at_lse(g_.lse, b, h, first + i);
+      if (g_.d_lse.data) delta(at)[i] -= at_lse(g_.d_lse, b, h, first + i);
     }
   }
 
@@ -81,9 +88,10 @@ class PackedQueries {
   }
 
   const Problem& p_;
+  const Gradients& g_;
   const Shape& shape_;
   std::vector<int64_t> first_;
-  AlignedBuffer<float> q_rows_, do_rows_, q_pairs_, do_pairs_, lse_, delta_;
+  Scratch<float> q_rows_, do_rows_, q_pairs_, do_pairs_, lse_, delta_;
 };
 
 class Backward {
@@ -93,7 +101,7 @@ class Backward {
         g_(g),
         shape_(p),
         keys_(p, shape_, PackedKeys::k_lanes | PackedKeys::v_lanes | PackedKeys::k_pairs),
-        queries_(p, shape_),
+        queries_(p, g, shape_),
         blocks_(query_blocks(p, kQueryBlock)) {}
 
   void run() {
@@ -104,7 +112,7 @@ class Backward {
     for (int64_t b = 0; b < p_.batch; ++b) most_tiles = std::max(most_tiles, keys_.tiles(b));
     shares_ = std::clamp<int64_t>(ceil_div(kTasks, std::max<int64_t>(1, p_.batch * p_.kv_heads)), 1,
                                   std::min(kMostShares, most_tiles));
-    dq_ = aligned_buffer<float>(shares_ * queries_.total_rows() * shape_.width);
+    dq_ = Scratch<float>(shares_ * queries_.total_rows() * shape_.width);
     zero_bias_gradients();
     keys_and_values();
     sum_dq();
@@ -114,7 +122,7 @@ class Backward {
  private:
   // 64-row blocks of all (sequence, head) pairs, as one range of tasks.
   void for_query_blocks(const std::function<void(int64_t b, int64_t h, int64_t first)>& work) {
-    parallel_for(queries_.total_rows() / kTile, [&](int64_t task) {
+    for_tasks(p_, queries_.total_rows() / kTile, [&](int64_t task) {
       const int64_t row = task * kTile;
       int64_t b = 0;
       while (queries_.row(b, p_.heads, 0) <= row) ++b;
@@ -124,7 +132,7 @@ class Backward {
   }
 
   void pack_queries() {
-    for_query_blocks([&](int64_t b, int64_t h, int64_t i) { queries_.pack(g_, b, h, i); });
+    for_query_blocks([&](int64_t b, int64_t h, int64_t i) { queries_.pack(b, h, i); });
   }
 
   const float* key_side(const void* base, int64_t b, int64_t h, int64_t heads) const {
@@ -134,10 +142,10 @@ class Backward {
   }
 
   void add_mass_to_delta() {
-    parallel_for(static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
+    for_tasks(p_, static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
       const QueryBlock& block = blocks_[task];
-      const AlignedBuffer<float> scratch =
-          aligned_buffer<float>(forward_scratch(p_.dim, p_.value_dim));
+      const Scratch<float> scratch =
+          Scratch<float>(forward_scratch(p_.dim, p_.value_dim));
       std::vector<Span> spans;
       spans_of(p_, block, 0, keys_.tiles(block.b), spans);
       const Rule rule = rule_of(p_, block.b, block.h);
@@ -173,7 +181,7 @@ class Backward {
     const int64_t h_tasks = bias && !g_.dbias.stride[1] ? 1 : p_.kv_heads;
     // A bias with one column for all keys is shared by the shares, too.
     const int64_t share_tasks = bias && !g_.dbias.stride[3] ? 1 : shares_;
-    parallel_for(b_tasks * h_tasks * share_tasks, [&](int64_t task) {
+    for_tasks(p_, b_tasks * h_tasks * share_tasks, [&](int64_t task) {
       const int64_t share = task % share_tasks, pair = task / share_tasks;
       const int64_t h0 = pair % h_tasks, b0 = pair / h_tasks;
       for (int64_t b = b0; b < p_.batch; b += b_tasks)
@@ -191,8 +199,8 @@ class Backward {
     for (int64_t g = 0; g < group; ++g)
       std::memset(dq + queries_.row(b, kv_head * group + g, 0) * width, 0,
                   length * width * sizeof(float));
-    const AlignedBuffer<float> scratch =
-        aligned_buffer<float>(backward_scratch() + kTile * (width + value_width + 1));
+    const Scratch<float> scratch =
+        Scratch<float>(backward_scratch() + kTile * (width + value_width + 1));
     float* dk = scratch.get() + backward_scratch();
     float* dv = dk + kTile * width;
     float* dkey_bias = dv + kTile * value_width;
@@ -213,12 +221,12 @@ class Backward {
           job.rows = meeting.rows;
           job.row_begin = meeting.row_begin;
           job.row_end = meeting.row_end;
-          job.q_rows = queries_.q_rows(row);
-          job.do_rows = queries_.do_rows(row);
+          job.q_rows = queries_.q_rows(b, h, meeting.first);
+          job.do_rows = queries_.do_rows(b, h, meeting.first);
           job.q_step = queries_.q_step();
           job.do_step = queries_.do_step();
-          job.q_pairs = queries_.q_pairs(row);
-          job.do_pairs = queries_.do_pairs(row);
+          job.q_pairs = queries_.q_pairs(b, h, meeting.first);
+          job.do_pairs = queries_.do_pairs(b, h, meeting.first);
           job.k_lanes =
               keys_.get(PackedKeys::k_lanes, b, kv_head) + tile * shape_.units * kTile;
           job.k_pairs =
@@ -279,7 +287,7 @@ class Backward {
   }
 
   void sinks() {
-    parallel_for(p_.heads, [&](int64_t h) {
+    for_tasks(p_, p_.heads, [&](int64_t h) {
       const double sink = static_cast<const float*>(p_.sink)[h];
       double sum = 0.0;
       for (int64_t b = 0; b < p_.batch; ++b)
@@ -300,13 +308,14 @@ class Backward {
   PackedQueries queries_;
   std::vector<QueryBlock> blocks_;
   int64_t shares_ = 1;
-  AlignedBuffer<float> dq_;
+  Scratch<float> dq_;
 };
 
 }  // namespace
 
 void backward(const Problem& p, const Gradients& g) {
   if (p.q.dtype == DType::f64) return reference_backward(p, g);
+  if (p.heads == 0) return;
   Backward(p, g).run();
 }
 

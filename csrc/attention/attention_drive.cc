@@ -23,6 +23,13 @@ const Kernels& kernels() {
   }
 }
 
+void for_tasks(const Problem& p, int64_t tasks, const std::function<void(int64_t)>& task) {
+  constexpr int64_t kSmall = 1 << 18;  // multiply-adds
+  const int64_t pairs = p.batch * p.heads * p.max_q * std::max<int64_t>(1, p.max_k);
+  if (pairs * (p.dim + p.value_dim) > kSmall) return parallel_for(tasks, task);
+  for (int64_t i = 0; i < tasks; ++i) task(i);
+}
+
 namespace {
 
 int64_t bytes_of(DType dtype) {
@@ -120,6 +127,11 @@ Shape::Shape(const Problem& p) {
   key_rows = bf16 ? kTile / 2 : kTile;
 }
 
+bool is_packed(const Operand& x, int64_t dim) {
+  return x.dtype == DType::f32 && x.stride[3] == 1 && x.stride[2] == dim &&
+         dim % kernels().lanes == 0;
+}
+
 // --- Packed keys ----------------------------------------------------------------------------------
 
 PackedKeys::PackedKeys(const Problem& problem, const Shape& shape, int forms, bool one_at_a_time)
@@ -134,9 +146,14 @@ PackedKeys::PackedKeys(const Problem& problem, const Shape& shape, int forms, bo
     first_tile_[b + 1] = first_tile_[b] + tiles;
     longest = std::max(longest, tiles);
   }
+  // Pairs of f32 are used where they lie, if they lie well; caches may have pages.
+  if (problem.k_length.empty()) {
+    if (is_packed(problem.v, problem.value_dim)) forms_ &= ~v_pairs;
+    if (is_packed(problem.k, problem.dim)) forms_ &= ~k_pairs;
+  }
   const int64_t room = one_at_a_time ? longest : first_tile_.back() * problem.kv_heads;
   for (int i = 0; i < 4; ++i)
-    if (forms >> i & 1) buffers_[i] = aligned_buffer<float>(room * tile_size(1 << i));
+    if (forms_ >> i & 1) buffers_[i] = Scratch<float>(room * tile_size(1 << i));
 }
 
 int64_t PackedKeys::tile_size(int form) const {
@@ -153,6 +170,9 @@ int64_t PackedKeys::tile_size(int form) const {
 }
 
 const float* PackedKeys::get(int form, int64_t b, int64_t kv_head) const {
+  if (!(forms_ & form))
+    return static_cast<const float*>(
+        k_at(problem_, form == k_pairs ? problem_.k : problem_.v, b, kv_head, 0));
   const int64_t first =
       one_at_a_time_ ? 0 : first_tile_[b] * problem_.kv_heads + kv_head * tiles(b);
   return buffers_[__builtin_ctz(form)].get() + first * tile_size(form);
@@ -181,7 +201,7 @@ void PackedKeys::pack_one(int64_t b, int64_t kv_head) {
 }
 
 void PackedKeys::pack_all() {
-  parallel_for(first_tile_.back() * problem_.kv_heads, [&](int64_t task) {
+  for_tasks(problem_, first_tile_.back() * problem_.kv_heads, [&](int64_t task) {
     const int64_t kv_head = task % problem_.kv_heads, tile = task / problem_.kv_heads;
     const int64_t b =
         std::upper_bound(first_tile_.begin(), first_tile_.end(), tile) - first_tile_.begin() - 1;

@@ -3,16 +3,21 @@
 // queries meets, and the keys in packed form.
 #pragma once
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "attention/attention.h"
 #include "attention/attention_kernels.h"
-#include "common/aligned.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace pentad::attention {
 
 const Kernels& kernels();  // of the level in use
+
+// parallel_for, or a plain loop where the whole problem is a few microseconds' work and waking
+// threads would cost more.
+void for_tasks(const Problem&, int64_t tasks, const std::function<void(int64_t)>& task);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,6 +38,9 @@ struct Shape {
 
   explicit Shape(const Problem&);
 };
+
+// Whether the rows of a head already are their pairs form: f32, adjacent, whole vectors.
+bool is_packed(const Operand&, int64_t dim);
 
 // Keys and values in packed form: of every (sequence, KV head), or of one at a time.
 class PackedKeys {
@@ -56,7 +64,7 @@ class PackedKeys {
   int forms_;
   bool one_at_a_time_;
   std::vector<int64_t> first_tile_;  // [batch + 1], of one head
-  AlignedBuffer<float> buffers_[4];
+  Scratch<float> buffers_[4];
 };
 
 // A block of queries of one head.

@@ -20,7 +20,7 @@ constexpr int64_t kLeastTiles = 4;  // of a split: 256 keys
 // One split of one KV head: m, l [rows] and o [rows][width].
 struct Partials {
   int64_t rows, width, splits;
-  AlignedBuffer<float> data;
+  Scratch<float> data;
 
   float* m(int64_t b_head, int64_t split) const {
     return data.get() + (b_head * splits + split) * rows * (width + 2);
@@ -59,7 +59,7 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
     l[r] = sink && m[r] != -std::numeric_limits<float>::infinity() ? 1.0f : 0.0f;
   }
   std::fill_n(o, rows * width, 0.0f);
-  const AlignedBuffer<float> q = aligned_buffer<float>(rows * shape.units);
+  const Scratch<float> q = Scratch<float>(rows * shape.units);
   kernels().pack_rows({nullptr, q_each, p.q.dtype, 0, p.q.stride[3], rows, p.dim}, shape.bf16,
                       q.get());
 
@@ -86,6 +86,7 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
       job.next_k_rows = k_rows[(tile + 1) & 1];
       job.next_count = next_end;
     }
+    job.fetch = true;
     job.dim = p.dim;
     job.value_dim = p.value_dim;
     job.dtype = p.k.dtype;
@@ -103,7 +104,8 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
       job.l = l + r;
       job.o = o + r * width;
       kernels().few[shape.bf16](job);
-      job.next_k_rows = nullptr;
+      job.fetch = false;  // the next rows of queries find all in cache
+      job.next_count = 0;
     }
   }
 }
@@ -123,7 +125,7 @@ void forward_few(const Problem& p, const Outputs& out) {
       std::max(kLeastTiles, ceil_div(tiles, std::max<int64_t>(1, ceil_div(kTasks, pairs))));
   Partials partials{p.max_q * group, padded(p.value_dim, kTile), ceil_div(tiles, per_split), {}};
   partials.data =
-      aligned_buffer<float>(pairs * partials.splits * partials.rows * (partials.width + 2));
+      Scratch<float>(pairs * partials.splits * partials.rows * (partials.width + 2));
   const auto merge = [&](int64_t pair) {
     const int64_t b = pair / p.kv_heads, kv_head = pair % p.kv_heads, queries = p.q_len(b);
     std::vector<float> sum(p.value_dim);
@@ -139,6 +141,7 @@ void forward_few(const Problem& p, const Outputs& out) {
         const float* o = partials.o(pair, s) + r * partials.width;
         for (int64_t d = 0; d < p.value_dim; ++d) sum[d] += o[d] * weight;
       }
+      if (l == 0.0f) std::fill(sum.begin(), sum.end(), 0.0f);  // 0 * NaN may lie there
       const int64_t h = kv_head * group + r / queries, i = r % queries;
       const float keep = p.dropout > 0 ? static_cast<float>(1.0 / (1.0 - p.dropout)) : 1.0f;
       kernels().write_rows(sum.data(), 0, l == 0.0f ? 0.0f : keep / l, 1, p.value_dim, p.q.dtype,
@@ -151,14 +154,14 @@ void forward_few(const Problem& p, const Outputs& out) {
                     : (m + std::log2(l)) * 0.693147180559945309f;
     }
   };
-  parallel_for(pairs * partials.splits, [&](int64_t task) {
+  for_tasks(p, pairs * partials.splits, [&](int64_t task) {
     const int64_t pair = task / partials.splits, split = task % partials.splits;
     attend(p, shape, pair / p.kv_heads, pair % p.kv_heads, split * per_split,
            (split + 1) * per_split, partials.m(pair, split), partials.l(pair, split),
            partials.o(pair, split), partials.width);
     if (partials.splits == 1) merge(pair);
   });
-  if (partials.splits > 1) parallel_for(pairs, merge);
+  if (partials.splits > 1) for_tasks(p, pairs, merge);
 }
 
 }  // namespace pentad::attention

@@ -53,14 +53,14 @@ void forward_block(const Problem& p, const Shape& shape, const PackedKeys& keys,
 
 void forward_short(const Problem& p, const Outputs& out) {
   const Shape shape(p);
-  parallel_for(p.batch * p.kv_heads, [&](int64_t task) {
+  for_tasks(p, p.batch * p.kv_heads, [&](int64_t task) {
     const int64_t b = task / p.kv_heads, kv_head = task % p.kv_heads;
     const int64_t length = p.q_len(b);
     if (length == 0) return;
     PackedKeys keys(p, shape, PackedKeys::k_lanes | PackedKeys::v_pairs, true);
     keys.pack_one(b, kv_head);
-    const AlignedBuffer<float> scratch =
-        aligned_buffer<float>(forward_scratch(p.dim, p.value_dim));
+    const Scratch<float> scratch =
+        Scratch<float>(forward_scratch(p.dim, p.value_dim));
     std::vector<Span> spans;
     for (int64_t g = 0; g < p.group(); ++g)
       for (int64_t i = 0; i < length; i += kQueryBlock)
@@ -80,10 +80,10 @@ void key_mass(const Problem& p, const Shape& shape, const PackedKeys& keys, cons
   const int64_t total_keys = p.k_begin.empty() ? p.max_k : p.k_begin.back();
   float* mass = static_cast<float*>(out.key_mass);
   std::fill_n(mass, (p.k_begin.empty() ? p.batch : 1) * p.heads * total_keys, 0.0f);
-  parallel_for(p.batch * p.heads * shares, [&](int64_t task) {
+  for_tasks(p, p.batch * p.heads * shares, [&](int64_t task) {
     const int64_t share = task % shares, h = task / shares % p.heads, b = task / shares / p.heads;
-    const AlignedBuffer<float> scratch =
-        aligned_buffer<float>(forward_scratch(p.dim, p.value_dim));
+    const Scratch<float> scratch =
+        Scratch<float>(forward_scratch(p.dim, p.value_dim));
     std::vector<Span> spans;
     auto block = std::lower_bound(blocks.begin(), blocks.end(), std::make_pair(b, h),
                                   [](const QueryBlock& x, const std::pair<int64_t, int64_t>& key) {
@@ -113,6 +113,7 @@ void key_mass(const Problem& p, const Shape& shape, const PackedKeys& keys, cons
 
 void forward(const Problem& p, const Outputs& out) {
   if (p.q.dtype == DType::f64) return reference_forward(p, out);
+  if (p.batch * p.heads == 0) return;
   if (serves_few(p) && !out.key_mass) return forward_few(p, out);
   if (!out.key_mass && !p.mask && p.max_q * p.group() <= kShortQueries &&
       p.max_k <= kShortTiles * kTile)
@@ -122,9 +123,9 @@ void forward(const Problem& p, const Outputs& out) {
   PackedKeys keys(p, shape, PackedKeys::k_lanes | PackedKeys::v_pairs);
   keys.pack_all();
   const std::vector<QueryBlock> blocks = query_blocks(p, kQueryBlock);
-  parallel_for(static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-    const AlignedBuffer<float> scratch =
-        aligned_buffer<float>(forward_scratch(p.dim, p.value_dim));
+  for_tasks(p, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+    const Scratch<float> scratch =
+        Scratch<float>(forward_scratch(p.dim, p.value_dim));
     std::vector<Span> spans;
     forward_block(p, shape, keys, blocks[task], out, spans, scratch.get());
   });

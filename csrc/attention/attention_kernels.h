@@ -129,7 +129,8 @@ struct FewJob {
   const void* const* k_rows;    // [kTile] pointers to rows of unit element stride
   const void* const* v_rows;
   int64_t begin, end;
-  const void* const* next_k_rows;  // to prefetch, or null
+  bool fetch;                   // whether to prefetch the values
+  const void* const* next_k_rows;  // [next_count], to prefetch
   int64_t next_count;
   float* m;                     // [rows], running maximum in units of log2
   float* l;                     // [rows], running sums
@@ -152,6 +153,8 @@ struct Kernels {
   void (*mass[2])(const MassJob&);
   void (*backward[2])(const BackwardJob&);
   void (*few[2])(const FewJob&);
+  // `rounds` of 16 independent multiply-adds of full vectors: the peak, for benchmarks.
+  void (*multiply_adds)(int64_t rounds, bool bf16);
 };
 
 // Floats of scratch that a job of these sizes needs.

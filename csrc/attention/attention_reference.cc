@@ -109,6 +109,14 @@ int64_t key_array_offset(const Problem& p, int64_t heads, int64_t b, int64_t h) 
   return (b * heads + h) * p.max_k;
 }
 
+// Waking threads costs more than a small problem.
+template <class F>
+void for_each_task(const Problem& p, int64_t tasks, const F& f) {
+  if (p.batch * p.heads * p.max_q * p.max_k * (p.dim + p.value_dim) < 1 << 15)
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+  else parallel_for(tasks, f);
+}
+
 // --- One row of scores ---------------------------------------------------------------------------
 
 // Keys and values of one sequence and KV head.
@@ -118,7 +126,7 @@ struct Keys {
 
 std::vector<Keys> read_keys(const Problem& p) {
   std::vector<Keys> keys(p.batch * p.kv_heads);
-  parallel_for(p.batch * p.kv_heads, [&](int64_t task) {
+  for_each_task(p, p.batch * p.kv_heads, [&](int64_t task) {
     const int64_t b = task / p.kv_heads, h = task % p.kv_heads, n = p.k_len(b);
     keys[task].k.resize(n * p.dim);
     keys[task].v.resize(n * p.value_dim);
@@ -275,7 +283,7 @@ void bias_gradient(const Problem& p, const Gradients& g, const std::vector<Keys>
   const int64_t batches = g.dbias.stride[0] ? p.batch : 1;
   const int64_t heads = g.dbias.stride[1] ? p.heads : 1;
   const int64_t* stride = g.dbias.stride;
-  parallel_for(batches * heads * p.max_q, [&](int64_t task) {
+  for_each_task(p, batches * heads * p.max_q, [&](int64_t task) {
     const int64_t i = task % p.max_q, first_h = task / p.max_q % heads;
     const int64_t first_b = task / p.max_q / heads;
     Row row(p);
@@ -318,7 +326,7 @@ Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) 
 
 void reference_forward(const Problem& p, const Outputs& outputs) {
   const std::vector<Keys> keys = read_keys(p);
-  parallel_for(p.batch * p.heads, [&](int64_t task) {
+  for_each_task(p, p.batch * p.heads, [&](int64_t task) {
     const int64_t b = task / p.heads, h = task % p.heads, n = p.k_len(b);
     const Keys& source = keys[b * p.kv_heads + h / p.group()];
     Row row(p);
@@ -348,7 +356,7 @@ void reference_backward(const Problem& p, const Gradients& g) {
   const bool by_head = p.key_bias_heads == p.heads;
   Doubles dsink(p.batch * p.heads, 0.0);
   DType small = p.q.dtype == DType::f64 ? DType::f64 : DType::f32;
-  parallel_for(p.batch * p.kv_heads, [&](int64_t task) {
+  for_each_task(p, p.batch * p.kv_heads, [&](int64_t task) {
     const int64_t b = task / p.kv_heads, kv_head = task % p.kv_heads, n = p.k_len(b);
     const Keys& source = keys[task];
     Row row(p);

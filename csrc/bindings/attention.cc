@@ -109,8 +109,8 @@ void py_append(const TensorView& k_new, const TensorView& v_new, const TensorVie
        {std::pair{&v_cache, "v_cache"}, std::pair{&k_new, "k_new"}, std::pair{&v_new, "v_new"}}) {
     expect(*view, op, name, dtypes, 4);
     if (view->dtype != k_cache.dtype)
-      throw TypeMismatch("[" + text(op) + "] " + name + " has dtype " + dtype_name(view->dtype) +
-                         " but k_cache has " + dtype_name(k_cache.dtype));
+      throw TypeMismatch("[" + std::string(op) + "] " + name + " has dtype " +
+                         dtype_name(view->dtype) + " but k_cache has " + dtype_name(k_cache.dtype));
   }
   Arguments a(op);
   Problem& p = a.problem;

@@ -5,6 +5,27 @@
 #include <cmath>
 
 namespace pentad::attention {
+
+// The copies that a BlockMask points into.
+struct MaskLists {
+  std::vector<int64_t> row_ptr, col_ptr;
+  std::vector<int32_t> cols, kinds, rows, row_kinds;
+  BlockMask mask;
+};
+
+void expect_shape(const TensorView& view, const char* op, const char* name,
+                  std::initializer_list<int64_t> shape) {
+  bool same = view.rank == static_cast<int>(shape.size());
+  std::string expected;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    same = same && view.shape[i] == shape.begin()[i];
+    expected += (i ? ", " : "") + std::to_string(shape.begin()[i]);
+  }
+  if (!same)
+    bad_value(op, std::string(name) + " has shape " + shape_text(view) + ", expected (" + expected +
+                      (shape.size() == 1 ? ",)" : ")"));
+}
+
 namespace {
 
 std::string text(const char* name) { return name; }
@@ -65,13 +86,6 @@ std::vector<T> list(const TensorView& view, DType dtype, const char* op, const c
   return {data, data + count(view)};
 }
 
-// The copies that a BlockMask points into.
-XX
-  std::vector<int64_t> row_ptr, col_ptr;
-  std::vector<int32_t> cols, kinds, rows, row_kinds;
-  BlockMask mask;
-};
-
 void check_mask(const MaskLists& lists, int64_t partials, const char* op) {
   const BlockMask& m = lists.mask;
   const int64_t entries = static_cast<int64_t>(lists.cols.size());
@@ -108,10 +122,11 @@ void check_mask(const MaskLists& lists, int64_t partials, const char* op) {
   }
 }
 
-std::unique_ptr<MaskLists> mask_of(const MaskArgument& argument, const Problem& p, const char* op) {
+std::shared_ptr<const MaskLists> mask_of(const MaskArgument& argument, const Problem& p,
+                                         const char* op) {
   if (!argument.arrays[0]) return nullptr;
   const auto view = [&](int i) -> const TensorView& { return argument.arrays[i]->view; };
-  auto lists = std::make_unique<MaskLists>();
+  auto lists = std::make_shared<MaskLists>();
   BlockMask& m = lists->mask;
   if (argument.q_block < 1 || argument.k_block < 1)
     bad_value(op, "the block mask's blocks have no size");
@@ -151,7 +166,10 @@ std::unique_ptr<MaskLists> mask_of(const MaskArgument& argument, const Problem& 
   return lists;
 }
 
-// (B, H, S, D), or (S, H, D) of packed sequences.
+}  // namespace
+
+// --- The problem ---------------------------------------------------------------------------------
+
 Operand operand(const TensorView& x, bool packed) {
   if (packed) return {x.data, x.dtype, {0, x.strides[1], x.strides[0], x.strides[2]}};
   return {x.data, x.dtype, {x.strides[0], x.strides[1], x.strides[2], x.strides[3]}};
@@ -159,7 +177,8 @@ Operand operand(const TensorView& x, bool packed) {
 
 DType statistics(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-void Arguments::set_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const Optional& cu_q, const Optional& cu_k) {
+void Arguments::set_inputs(const TensorView& q, const TensorView& k, const TensorView& v,
+                           const Optional& cu_q, const Optional& cu_k) {
   Problem& p = problem;
   if (cu_q.has_value() != cu_k.has_value())
     bad_value(op_, "cu_seqlens_q and cu_seqlens_k are needed together");
@@ -177,8 +196,7 @@ void Arguments::set_inputs(const TensorView& q, const TensorView& k, const Tenso
   k_tokens = k.shape[tokens];
   if (p.dim < 1 || p.dim > kMaxDim || p.value_dim < 1 || p.value_dim > kMaxDim)
     bad_value(op_, "q and v have head_dim " + std::to_string(p.dim) + " and " +
-                       std::to_string(p.value_dim) + ", expected 1 to " +
-                       std::to_string(kMaxDim));
+                       std::to_string(p.value_dim) + ", expected 1 to " + std::to_string(kMaxDim));
   if (k.shape[last] != p.dim)
     bad_value(op_, "k has head_dim " + std::to_string(k.shape[last]) + " but q has " +
                        std::to_string(p.dim));
@@ -188,8 +206,7 @@ void Arguments::set_inputs(const TensorView& q, const TensorView& k, const Tenso
                        std::to_string(p.kv_heads));
   for (int i = 0; i < last; ++i)
     if (v.shape[i] != k.shape[i])
-      bad_value(op_,
-                "v has shape " + shape_text(v) + ", which does not fit k's " + shape_text(k));
+      bad_value(op_, "v has shape " + shape_text(v) + ", which does not fit k's " + shape_text(k));
   p.q = operand(q, packed);
   p.k = operand(k, packed);
   p.v = operand(v, packed);
@@ -212,7 +229,9 @@ void Arguments::set_inputs(const TensorView& q, const TensorView& k, const Tenso
   writes.input("v", v);
 }
 
-void Arguments::set_caches(const TensorView& k, const Optional& lengths, const Optional& rows, const Optional& left_pad, const Optional& table, int64_t extra, const char* lengths_name) {
+void Arguments::set_caches(const TensorView& k, const Optional& lengths, const Optional& rows,
+                           const Optional& left_pad, const Optional& table, int64_t extra,
+                           const char* lengths_name) {
   Problem& p = problem;
   if (!lengths) {
     if (rows || left_pad || table)
@@ -228,13 +247,15 @@ void Arguments::set_caches(const TensorView& k, const Optional& lengths, const O
     if (rows || left_pad) bad_value(op_, "cache_rows and left_pad do not go with a block_table");
     expect(*table, op_, "block_table", {DType::i32}, 2);
     expect_shape(*table, op_, "block_table", {p.batch, table->shape[1]});
-    if (k.shape[2] < 1) bad_value(op_, "the pages of k have no rows");
+    if (k.shape[2] < 1 || table->shape[1] > kUnbounded / k.shape[2])
+      bad_value(op_, "block_table has shape " + shape_text(*table) + " for pages of " +
+                         std::to_string(k.shape[2]) + " rows");
     p.page_size = k.shape[2];
     p.pages_per_sequence = table->shape[1];
     capacity = p.page_size * p.pages_per_sequence;
   } else if (!rows && k.shape[0] != p.batch) {
-    bad_value(op_, "k has batch " + std::to_string(k.shape[0]) + " but q has " +
-                       std::to_string(p.batch));
+    bad_value(
+        op_, "k has batch " + std::to_string(k.shape[0]) + " but q has " + std::to_string(p.batch));
   }
   p.k_length = per_sequence(lengths, p.batch, capacity, op_, lengths_name);
   p.cache_row = per_sequence(rows, p.batch, k.shape[0] - 1, op_, "cache_rows");
@@ -321,7 +342,8 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
   writes.input("seed", o.seed);
 }
 
-Operand Arguments::rows(const TensorView& x, const char* name, bool keys, int64_t last, bool output) {
+Operand Arguments::rows(const TensorView& x, const char* name, bool keys, int64_t last,
+                        bool output) {
   const Problem& p = problem;
   expect(x, op_, name, {p.q.dtype}, packed ? 3 : 4);
   const int64_t heads = keys ? p.kv_heads : p.heads, tokens = keys ? k_tokens : q_tokens;

@@ -76,11 +76,14 @@ class Arguments {
   explicit Arguments(const char* op) : writes(op), op_(op) {}
 
   // q, k, v with their packed offsets.
-  void set_inputs(const TensorView& q, const TensorView& k, const TensorView& v, const Optional& cu_q, const Optional& cu_k);
+  void set_inputs(const TensorView& q, const TensorView& k, const TensorView& v,
+                  const Optional& cu_q, const Optional& cu_k);
 
   // Where the keys of each sequence lie: k and v are caches when `lengths` are given. `extra` are
   // positions after the lengths that are written.
-  void set_caches(const TensorView& k, const Optional& lengths, const Optional& rows, const Optional& left_pad, const Optional& table, int64_t extra, const char* lengths_name);
+  void set_caches(const TensorView& k, const Optional& lengths, const Optional& rows,
+                  const Optional& left_pad, const Optional& table, int64_t extra,
+                  const char* lengths_name);
   void set_options(const Options& o, const MaskArgument& mask);
 
   // An array like q (`last` = dim) or like its results (`last` = value_dim), or like k or v.
@@ -102,7 +105,6 @@ class Arguments {
   const char* op_;
   std::shared_ptr<const MaskLists> mask_;
 };
-
 
 void expect_shape(const TensorView& view, const char* op, const char* name,
                   std::initializer_list<int64_t> shape);

@@ -20,7 +20,7 @@ from pentad._C import set_num_threads as _set_num_threads
 from pentad._errors import DeviceError, FormatError
 from pentad._index import SearchResult
 
-_FAMILIES = ("hamming", "nn")
+_FAMILIES = ("attention", "hamming", "nn")
 
 
 def set_num_threads(n: int) -> None:
@@ -55,6 +55,7 @@ __all__ = [
     "FormatError",
     "SearchResult",
     "__version__",
+    "attention",
     "cuda_built",
     "cuda_devices",
     "hamming",

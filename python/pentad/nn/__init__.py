@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of all families under one name. Importing this imports torch."""
 
+from pentad.attention.modules import Attention
 from pentad.hamming.modules import Binarize, BinaryMemory
 
-__all__ = ["Binarize", "BinaryMemory"]
+__all__ = ["Attention", "Binarize", "BinaryMemory"]

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocate outputs and call the native kernels: what the dispatcher runs for CPU tensors.
+
+Arguments have been checked by the functions; the extension checks again whatever could harm memory.
+"""
+
+import torch
+
+from pentad import _C
+
+
+def accumulator(dtype):
+    """The dtype of lse, key mass and small float operands: float64 for float64, or float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_out(q, value_dim, packed):
+    """The output: laid out as (B, S, H, D) where q is a view of such memory, else plainly."""
+    if packed:
+        s, h, _ = q.shape
+        return q.new_empty_strided((s, h, value_dim), (h * value_dim, value_dim, 1))
+    b, h, s, _ = q.shape
+    if q.is_contiguous() or not q.transpose(1, 2).is_contiguous():
+        strides = (h * s * value_dim, s * value_dim, value_dim, 1)
+    else:
+        strides = (h * s * value_dim, value_dim, h * value_dim, 1)
+    return q.new_empty_strided((b, h, s, value_dim), strides)
+
+
+def empty_lse(q, packed):
+    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
+    return q.new_empty(shape, dtype=accumulator(q.dtype))
+
+
+def empty_forward(q, k, v, packed, key_mass):
+    """(out, lse, key_mass), the last empty where it is not wanted."""
+    if not key_mass:
+        mass = q.new_empty(0)
+    else:
+        shape = (q.shape[1], k.shape[0]) if packed else (q.shape[0], q.shape[1], k.shape[2])
+        mass = q.new_empty(shape, dtype=accumulator(q.dtype))
+    return empty_out(q, v.shape[-1], packed), empty_lse(q, packed), mass
+
+
+def empty_gradients(q, k, v, bias, key_bias, sink, wanted):
+    """Gradients of those inputs that are `wanted`, in their order."""
+    grads = []
+    for tensor, want in zip((q, k, v, bias, key_bias, sink), wanted, strict=True):
+        if want:
+            keep = tensor is q or tensor is k or tensor is v
+            layout = torch.preserve_format if keep else torch.contiguous_format
+            grads.append(torch.empty_like(tensor, memory_format=layout))
+    return grads
+
+
+def _mask(tensors, q_block, k_block):
+    return None if tensors is None else (q_block, k_block, *tensors)
+
+
+def _scale(scale, q):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def plain(q, k, v, scale, left, right, top_left):
+    out = empty_out(q, v.shape[3], False)
+    _C.attention_forward(
+        q, k, v, out, None, None, None, None, None, None, None, None, None, None, None, None, None,
+        _scale(scale, q), 0.0, left, right, top_left, 0.0, None,
+    )  # fmt: skip
+    return out
+
+
+def forward(
+    q, k, v, bias, key_bias, sink, alibi, cu_seqlens_q, cu_seqlens_k, mask, seed,
+    scale, softcap, left, right, top_left, dropout, q_block, k_block, key_mass,
+):  # fmt: skip
+    out, lse, mass = empty_forward(q, k, v, cu_seqlens_q is not None, key_mass)
+    _C.attention_forward(
+        q, k, v, out, lse, mass if key_mass else None, bias, key_bias, alibi, sink,
+        cu_seqlens_q, cu_seqlens_k, None, None, None, None, _mask(mask, q_block, k_block),
+        _scale(scale, q), softcap, left, right, top_left, dropout, seed,
+    )  # fmt: skip
+    return out, lse, mass
+
+
+def backward(
+    d_out, d_lse, d_key_mass, q, k, v, out, lse, bias, key_bias, sink, alibi, cu_seqlens_q,
+    cu_seqlens_k, mask, seed, scale, softcap, left, right, top_left, dropout, q_block, k_block,
+    wanted,
+):  # fmt: skip
+    grads = empty_gradients(q, k, v, bias, key_bias, sink, wanted)
+    rest = iter(grads)
+    dq, dk, dv, dbias, dkey_bias, dsink = (next(rest) if want else None for want in wanted)
+    written = dbias  # in the accumulator's dtype
+    if dbias is not None and dbias.dtype != lse.dtype:
+        written = torch.empty_like(dbias, dtype=lse.dtype)
+    _C.attention_backward(
+        q, k, v, out, lse, d_out,
+        None if d_lse is None else d_lse.contiguous(),
+        None if d_key_mass is None else d_key_mass.contiguous(),
+        dq, dk, dv, written, dkey_bias, dsink, bias, key_bias, alibi, sink,
+        cu_seqlens_q, cu_seqlens_k, _mask(mask, q_block, k_block),
+        _scale(scale, q), softcap, left, right, top_left, dropout, seed,
+    )  # fmt: skip
+    if written is not dbias:
+        dbias.copy_(written)
+    return grads
+
+
+def decode(
+    q, k_cache, v_cache, k_lengths, cache_rows, left_pad, block_table, bias, sink, alibi,
+    scale, softcap, left, right,
+):  # fmt: skip
+    out, lse = empty_out(q, v_cache.shape[3], False), empty_lse(q, False)
+    _C.attention_forward(
+        q, k_cache, v_cache, out, lse, None, bias, None, alibi, sink, None, None,
+        k_lengths, cache_rows, left_pad, block_table, None,
+        _scale(scale, q), softcap, left, right, False, 0.0, None,
+    )  # fmt: skip
+    return out, lse
+
+
+def append(k_new, v_new, k_cache, v_cache, cache_lengths, cache_rows, left_pad, block_table):
+    _C.attention_append(
+        k_new, v_new, k_cache, v_cache, cache_lengths, cache_rows, left_pad, block_table
+    )
+    torch.autograd.graph.increment_version((k_cache, v_cache))
