@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw entries of attention: bad input raises before anything is written, any strides serve."""
+"""The raw entries of attention: bad input raises before anything is written."""
 
 import itertools
 import warnings
@@ -7,161 +7,38 @@ import warnings
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
+import torch
+from attention_raw import (
+    APPEND,
+    BACKWARD,
+    FORWARD,
+    HK,
+    HQ,
+    OUTPUTS,
+    SK,
+    SQ,
+    WRITTEN,
+    B,
+    D,
+    append,
+    arrays_of,
+    backward,
+    draw,
+    draw_append,
+    draw_append_rows,
+    draw_cached,
+    draw_packed,
+    draw_paged,
+    forward,
+    mask_lists,
+    with_gradients,
+    with_outputs,
+)
+
 import pentad
 from pentad import _C
-
-torch = pytest.importorskip("torch")
-
-B, HQ, HK, SQ, SK, D, DV = 2, 4, 2, 6, 9, 5, 3
-SCALARS = ["scale", "softcap", "left", "right", "top_left", "dropout", "seed"]
-ADDED = ["bias", "key_bias", "alibi", "sink", "cu_seqlens_q", "cu_seqlens_k"]
-CACHES = ["k_lengths", "cache_rows", "left_pad", "block_table"]
-FORWARD = ["q", "k", "v", "out", "lse", "key_mass", *ADDED, *CACHES, "mask", *SCALARS]
-WRITTEN = ["dq", "dk", "dv", "dbias", "dkey_bias", "dsink"]
-BACKWARD = ["q", "k", "v", "out", "lse", "d_out", "d_lse", "d_key_mass", *WRITTEN, *ADDED, "mask"]
-BACKWARD += SCALARS
-APPEND = ["k_new", "v_new", "k_cache", "v_cache", "cache_lengths", *CACHES[1:]]
-OUTPUTS = ["out", "lse", "key_mass", *WRITTEN, "k_cache", "v_cache"]
-
-
-def options(**given):
-    plain = {"scale": 0.4, "softcap": 0.0, "left": -1, "right": -1, "top_left": False}
-    return plain | {"dropout": 0.0, "seed": None} | given
-
-
-def draw(dtype=torch.float32, *, masked=False):
-    """Arguments of one call with every array of a dense problem."""
-    small = torch.float64 if dtype == torch.float64 else torch.float32
-    args = {
-        "q": torch.randn(B, HQ, SQ, D, dtype=dtype),
-        "k": torch.randn(B, HK, SK, D, dtype=dtype),
-        "v": torch.randn(B, HK, SK, DV, dtype=dtype),
-        "bias": torch.randn(1, HQ, SQ, SK, dtype=small),
-        "key_bias": torch.randn(B, HK, SK, dtype=small),
-        "alibi": torch.rand(HQ, dtype=small),
-        "sink": torch.randn(HQ, dtype=small),
-    }
-    if masked:
-        args["mask"] = (4, 4, *mask_lists())
-    return args | options()
-
-
-def mask_lists():
-    """Blocks of 4 x 4 on 6 x 9: (0, 0) full, (0, 2) partial, (1, 1) full."""
-    i32 = torch.int32
-    return [
-        torch.tensor([[[0, 2, 3]]]),
-        torch.tensor([0, 2, 1], dtype=i32),
-        torch.tensor([-1, 0, -1], dtype=i32),
-        torch.tensor([[[0, 1, 2, 3]]]),
-        torch.tensor([0, 1, 0], dtype=i32),
-        torch.tensor([-1, -1, 0], dtype=i32),
-        torch.eye(4, dtype=torch.uint8)[None].contiguous(),
-    ]
-
-
-def draw_packed(dtype=torch.float32):
-    args = draw(dtype)
-    del args["bias"]
-    return args | {
-        "q": torch.randn(7, HQ, D, dtype=dtype),
-        "k": torch.randn(11, HK, D, dtype=dtype),
-        "v": torch.randn(11, HK, DV, dtype=dtype),
-        "key_bias": torch.randn(HK, 11, dtype=args["key_bias"].dtype),
-        "cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int32),
-        "cu_seqlens_k": torch.tensor([0, 6, 11]),
-    }
-
-
-def draw_paged():
-    args = draw()
-    del args["key_bias"], args["bias"]
-    return args | {
-        "k": torch.randn(5, HK, 4, D),
-        "v": torch.randn(5, HK, 4, DV),
-        "k_lengths": torch.tensor([7, 4]),
-        "block_table": torch.tensor([[3, 0, -9], [1, 777, -9]], dtype=torch.int32),
-    }
-
-
-def draw_cached():
-    args = draw_paged()
-    del args["block_table"]
-    return args | {
-        "k": torch.randn(3, HK, 8, D),
-        "v": torch.randn(3, HK, 8, DV),
-        "cache_rows": torch.tensor([2, 0], dtype=torch.int32),
-        "left_pad": torch.tensor([1, 0]),
-    }
-
-
-def draw_append(**given):
-    args = {
-        "k_new": torch.randn(B, HK, 3, D),
-        "v_new": torch.randn(B, HK, 3, DV),
-        "k_cache": torch.full((5, HK, 4, D), 7.0),
-        "v_cache": torch.full((5, HK, 4, DV), 7.0),
-        "cache_lengths": torch.tensor([5, 0]),
-        "block_table": torch.tensor([[3, 0, -9], [1, 777, -9]], dtype=torch.int32),
-    }
-    return args | given
-
-
-def draw_append_rows():
-    rows = torch.tensor([4, 1])
-    return draw_append(cache_lengths=torch.tensor([1, 0]), block_table=None, cache_rows=rows)
-
-
-def with_outputs(args):
-    q, v, small = args["q"], args["v"], args["sink"].dtype
-    packed = q.ndim == 3
-    rows = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    keys = (v.shape[0],) if packed else (v.shape[2],)
-    out = {
-        "out": torch.full((*q.shape[:-1], v.shape[-1]), 7.0, dtype=q.dtype),
-        "lse": torch.full(rows, 7.0, dtype=small),
-    }
-    if args.get("k_lengths") is None:
-        out["key_mass"] = torch.full((*rows[:-1], *keys), 7.0, dtype=small)
-    return args | out
-
-
-def with_gradients(args):
-    args = with_outputs(args)
-    mass = args.pop("key_mass")
-    names = ["q", "k", "v", "bias", "key_bias", "sink"]
-    given = [n for n in names if args.get(n) is not None]
-    return args | {
-        "d_out": torch.randn(args["out"].shape).to(args["q"].dtype),
-        "d_lse": torch.randn_like(args["lse"]),
-        "d_key_mass": torch.randn_like(mass),
-        **{"d" + n: torch.full_like(args[n], 7.0) for n in given},
-    }
-
-
-def call(entry, names, args):
-    unknown = set(args) - set(names)
-    assert not unknown, unknown
-    entry(*(args.get(name) for name in names))
-
-
-def forward(args):
-    call(_C.attention_forward, FORWARD, args)
-    return [args[n] for n in FORWARD if n in OUTPUTS and args.get(n) is not None]
-
-
-def backward(args):
-    call(_C.attention_backward, BACKWARD, args)
-    return [args[n] for n in WRITTEN if args.get(n) is not None]
-
-
-def append(args):
-    call(_C.attention_append, APPEND, args)
-    return args["k_cache"], args["v_cache"]
-
-
-def memory(x):
-    return x if isinstance(x, np.ndarray) else x.numpy()
 
 
 def copy_of(x):
@@ -586,10 +463,6 @@ def test_bad_gradients(change):
     refuses(backward, changed(with_gradients(draw()), changes), error, match)
 
 
-def arrays_of(args):
-    return [n for n, x in args.items() if torch.is_tensor(x) and x.is_floating_point()]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("entry", [forward, backward])
 def test_one_argument_of_another_precision(entry, dtype):
@@ -625,107 +498,3 @@ def test_another_device(entry):
             away = torch.empty(args[name].shape, device="cuda")
         refuses(entry, args | {name: away}, pentad.DeviceError, "is on an accelerator")
         refuses(entry, args | {name: args[name].to("meta")}, RuntimeError, "meta")
-
-
-# --- Strides --------------------------------------------------------------------------------------
-
-
-def views_of(x):
-    """The same numbers in other memory."""
-    x = x.numpy()
-    gaps = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
-    gaps[..., ::2] = x
-    return {
-        "contiguous": x,
-        "columns": np.asfortranarray(x),
-        "gaps": gaps[..., ::2],
-        "reversed": np.flip(np.flip(x).copy()),
-        "middle_reversed": np.flip(np.flip(x, -2).copy(), -2) if x.ndim > 1 else x,
-    }
-
-
-NEEDS_CONTIGUOUS = ["sink", "lse", "key_mass", "d_key_mass", "dbias", "dkey_bias", "dsink"]
-
-
-@pytest.mark.parametrize("layout", ["columns", "gaps", "reversed", "middle_reversed"])
-@pytest.mark.parametrize(
-    ("entry", "draw_arguments"),
-    [
-        (forward, draw),
-        (forward, draw_packed),
-        (forward, draw_paged),
-        (forward, draw_cached),
-        (backward, draw),
-        (backward, draw_packed),
-    ],
-)
-def test_strides(entry, draw_arguments, layout):
-    args = (with_outputs if entry is forward else with_gradients)(draw_arguments())
-    strided = dict(args)
-    for name in arrays_of(args):
-        whole = name in NEEDS_CONTIGUOUS
-        strided[name] = args[name].clone() if whole else views_of(args[name])[layout]
-    for got, want in zip(entry(strided), entry(args), strict=True):
-        np.testing.assert_allclose(memory(got), want, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("entry", [forward, backward])
-@pytest.mark.parametrize("dims", [(0,), (1,), (2,), (3,), (0, 1, 2, 3)])
-def test_inputs_that_are_broadcast(entry, dims):
-    make = with_outputs if entry is forward else with_gradients
-    args, names = make(draw()), ["q", "k", "v", "key_bias", "d_out", "d_lse"]
-    broadcast, plain = dict(args), dict(args)
-    for name in (n for n in names if n in args):
-        x = args[name]
-        for d in dims:
-            if d < x.ndim:
-                x = x.narrow(d, 0, 1)
-        broadcast[name] = x.expand(args[name].shape)
-        plain[name] = broadcast[name].contiguous()
-    for name in OUTPUTS:
-        if name in args:
-            plain[name] = args[name].clone()
-    for got, want in zip(entry(broadcast), entry(plain), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_index_arrays_of_any_strides():
-    args = with_outputs(draw_packed())
-    want = [x.clone() for x in forward(args)]
-    cu_q, cu_k = args["cu_seqlens_q"].numpy(), args["cu_seqlens_k"].numpy()
-    args |= {"cu_seqlens_q": np.flip(np.flip(cu_q).copy()), "cu_seqlens_k": cu_k.repeat(2)[::2]}
-    for got, expected in zip(forward(args), want, strict=True):
-        assert torch.equal(got, expected)
-    args = with_outputs(draw_paged())
-    want = [x.clone() for x in forward(args)]
-    table = args["block_table"].numpy()
-    args |= {
-        "block_table": np.asfortranarray(table),
-        "k_lengths": np.flip(np.flip(args["k_lengths"].numpy()).copy()),
-    }
-    for got, expected in zip(forward(args), want, strict=True):
-        assert torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("sizes", itertools.product([0, 2], [0, 3], [0, 4]))
-def test_nothing_to_do(sizes):
-    """Empty batches, queries and keys: the outputs that exist are those of rows without keys."""
-    b, nq, nk = sizes
-    args = draw() | {
-        "q": torch.randn(b, HQ, nq, D),
-        "k": torch.randn(b, HK, nk, D),
-        "v": torch.randn(b, HK, nk, DV),
-        "bias": torch.randn(1, HQ, nq, nk),
-        "key_bias": torch.randn(b, HK, nk),
-        "sink": None,
-    }
-    small = args | {"sink": torch.randn(HQ)}
-    out, lse, mass = forward(with_outputs(small) | {"sink": None})
-    gradients = backward(with_gradients(small) | {"sink": None, "dsink": None})
-    assert not any((x == 7).any() for x in (out, lse, mass, *gradients))
-    if nk == 0:
-        assert not out.any()
-        assert (lse == -torch.inf).all()
-    if b * nq * nk == 0:
-        assert not mass.any()
-        assert not any(x.any() for x in gradients)

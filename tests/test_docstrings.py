@@ -11,7 +11,9 @@ import pytest
 
 import pentad
 
-FAMILIES = ["pentad.hamming"] + (["pentad.nn"] if importlib.util.find_spec("torch") else [])
+FAMILIES = ["pentad.hamming"]
+if importlib.util.find_spec("torch"):
+    FAMILIES += ["pentad.attention", "pentad.nn"]
 
 
 def modules():

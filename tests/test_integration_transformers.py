@@ -16,6 +16,7 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
     "pad_token_id": 0,
+    "initializer_range": 0.15,  # scores that are far from equal
 }
 DECODER = {**SIZES, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -272,6 +273,17 @@ def test_chunks_are_not_taken_for_windows(size, left):
         v = torch.eye(12).expand(1, 1, 12, 12)
         weights = integration.attention_forward(torch.nn.Module(), q, k, v, ours)[0]
         assert torch.equal(weights[0, :, 0] > 0, theirs[0, 0])
+
+
+@pytest.mark.parametrize(("q_offset", "kv_offset"), [(5, 0), (0, 3)])
+def test_lengths_that_do_not_fit_together(q_offset, kv_offset):
+    """Queries past the last key, or before the first: the dense mask says it."""
+    from transformers.masking_utils import sdpa_mask
+
+    lengths = {"batch_size": 1, "q_length": 4, "kv_length": 6}
+    lengths.update(q_offset=q_offset, kv_offset=kv_offset)
+    expected = sdpa_mask(**lengths, allow_is_causal_skip=False)
+    assert torch.equal(integration.mask(**lengths), expected)
 
 
 def test_position_bias():

@@ -301,9 +301,10 @@ inline std::unique_ptr<Case> random_case(DType dtype, int64_t most_rows, int64_t
     for (int i = 0; i < 4; ++i) shape[i] = chance(0.3) ? 1 : full[i];
     c->bias = {bias_dtype, shape[0], shape[1], shape[2], shape[3], layout()};
     c->bias.fill_normal();
+    const int64_t blind = chance(0.5) ? pick(0, shape[2]) : -1;  // a query that sees -inf alone
     c->bias.each([&](int64_t b, int64_t h, int64_t s, int64_t d) {
       if (bias_dtype == DType::boolean) encode(c->bias.at(b, h, s, d), bias_dtype, chance(0.7));
-      else if (chance(0.05)) encode(c->bias.at(b, h, s, d), bias_dtype, -INFINITY);
+      else if (s == blind || chance(0.05)) encode(c->bias.at(b, h, s, d), bias_dtype, -INFINITY);
     });
     p.bias = c->bias.operand;
     for (int i = 0; i < 4; ++i)

@@ -129,7 +129,7 @@ void poison_unseen(Case& c) {
 // One key or value of NaN: nothing may come of it where it is not seen.
 void poison_one(Case& c) {
   Array& x = chance(0.5) ? c.k : c.v;
-  if (x.size() == 0) return;
+  if (x.size() == 0 || c.p.dropout > 0) return;  // NaN * 0, or dropped?
   c.options += &x == &c.k ? " NaN key" : " NaN value";
   const int64_t b = pick(0, x.shape[0] - 1), h = pick(0, x.shape[1] - 1);
   const int64_t s = pick(0, x.shape[2] - 1), d = pick(0, x.shape[3] - 1);
@@ -321,7 +321,10 @@ int main(int argc, char** argv) {
   for (int round = 0; round < rounds; ++round)
     for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
       if (dtype == DType::f64 && round % 8) continue;
-      const int64_t rows = round % 5 == 4 ? 200 : 70, dim = round % 5 == 3 ? 200 : 70;
+      const int64_t rows = round % 5 == 4 ? 200
+                           : round % 2    ? 140
+                                          : 70,
+                    dim = round % 5 == 3 ? 200 : 70;
       check_case(*random_case(dtype, rows, dim, false));
       check_case(*random_case(dtype, 2 * rows, dim, true));
     }

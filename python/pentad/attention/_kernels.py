@@ -15,16 +15,15 @@ def accumulator(dtype):
 
 
 def empty_out(q, value_dim, packed):
-    """The output: laid out as (B, S, H, D) where q is a view of such memory, else plainly."""
+    """The output, laid out as (B, S, H, D) where q has its heads inside its tokens in memory."""
     if packed:
         s, h, _ = q.shape
         return q.new_empty_strided((s, h, value_dim), (h * value_dim, value_dim, 1))
     b, h, s, _ = q.shape
-    if q.is_contiguous() or not q.transpose(1, 2).is_contiguous():
-        strides = (h * s * value_dim, s * value_dim, value_dim, 1)
-    else:
-        strides = (h * s * value_dim, value_dim, h * value_dim, 1)
-    return q.new_empty_strided((b, h, s, value_dim), strides)
+    token, head = value_dim, s * value_dim
+    if not q.is_contiguous() and q.stride(2) > q.stride(1):
+        token, head = h * value_dim, value_dim
+    return q.new_empty_strided((b, h, s, value_dim), (h * s * value_dim, head, token, 1))
 
 
 def empty_lse(q, packed):

@@ -50,7 +50,7 @@ def decode(
     Sequence b has ``n = cache_seqlens[b]`` tokens in the cache; T new ones are written after them,
     and q attends to the ``n + T`` keys, its last token aligned with the last key. The keys are
     divided over the threads where there are few heads; the bits of the result do not depend on the
-    number of threads, nor on how the cache lies in memory. Everything is checked before anything is
+    number of threads, nor on pages and their order. Everything is checked before anything is
     written. No gradients.
 
     Parameters

@@ -268,7 +268,7 @@ def attention(
     Returns
     -------
     out : (B, Hq, Sq, Dv), or (total_q, Hq, Dv)
-        In the dtype of `q`. Where `q` is a view of (B, S, H, D) memory, so is `out`.
+        In the dtype of `q`; a view of (B, S, H, D) memory where `q` is one, or part of one.
     lse : (B, Hq, Sq) float32 (float64 for float64), or (Hq, total_q)
         With `return_lse`: natural logarithm of each row's denominator, the sink included; -inf for
         a row that sees nothing.
@@ -359,7 +359,7 @@ def attention(
         q_block, k_block = block_mask.q_block, block_mask.k_block
     seed = None
     if dropout_p:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator)
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device="cpu")
 
     out, lse, mass = autograd.attention(
         q, k, v, bias, key_bias, sink, alibi_slopes, cu_seqlens_q, cu_seqlens_k, mask, seed,

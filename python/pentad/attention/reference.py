@@ -98,13 +98,13 @@ def _attention(
     every = s
     if sink is not None:
         every = torch.cat([s, sink[:, None, None].expand(b, hq, sq, 1).to(s.dtype)], -1)
-    lse = every.logsumexp(-1)
-    p = (s - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
-    p = p.masked_fill(~mask, 0)
+    blind = (every == -math.inf).all(-1)  # the gradient of logsumexp is nan there
+    lse = every.masked_fill(blind[..., None], 0).logsumexp(-1).masked_fill(blind, -math.inf)
+    p = (s - lse.masked_fill(blind, 0)[..., None]).exp().masked_fill(~mask, 0)
     mass = p.sum(2)
     if keep is not None:
         p = p * keep.to(p.dtype) / (1 - dropout_p)
-    out = weighted_sum(p.to(v.dtype), v, mask & (lse != -math.inf)[..., None])
+    out = weighted_sum(p.to(v.dtype), v, mask & ~blind[..., None])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return out, lse.to(wide), mass.to(wide)
 
@@ -142,7 +142,7 @@ def scores(q, k, mask):
     if q.isfinite().all() and k.isfinite().all():
         return q @ k.transpose(-1, -2)
     seen = mask[..., None]
-    return (seen.where(q[..., :, None, :], 0) * seen.where(k[..., None, :, :], 0)).sum(-1)
+    return (q[..., :, None, :].where(seen, 0) * k[..., None, :, :].where(seen, 0)).sum(-1)
 
 
 def weighted_sum(p, v, mask):
@@ -150,7 +150,7 @@ def weighted_sum(p, v, mask):
     if v.isfinite().all() and p.isfinite().all():
         return p @ v
     seen = mask[..., None]
-    return (seen.where(p[..., None], 0) * seen.where(v[..., None, :, :], 0)).sum(-2)
+    return (p[..., None].where(seen, 0) * v[..., None, :, :].where(seen, 0)).sum(-2)
 
 
 def dropout_mask(seed, b, hq, sq, sk, p):

@@ -242,7 +242,7 @@ def _is_window(mask_function, size, device):
     """Whether this is the causal window of `size` keys, and not chunks of that size."""
     # The farthest keys that two neighbours see are in one chunk with them for one of them at most,
     # unless chunks are of one token, which are windows.
-    pairs = [(size - 1, 0, True), (size, 0, False), (size, size + 1, False)]
+    pairs = [(size - 1, 0, True), (size, 1, True), (size, 0, False), (size, size + 1, False)]
     return _agrees(mask_function, pairs, device)
 
 
