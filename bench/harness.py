@@ -8,7 +8,9 @@ installed is reported as missing. The others take turns in one process, so that 
 down for a while slows everybody down, and ratios are taken within a round before their median is.
 
 The first contender of a case is its subject (ours). `ratio` on another contender says how many
-times longer it took than the subject.
+times longer it took than the subject. Where a case names what bounds it (the speed at which this
+machine multiplies, or reads memory), the subject's share of that bound stands beside its rate, and a
+target's `ceiling` is the ratio at which the subject would reach the bound.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 import bandwidth
+import peak
 
 RESULTS = Path(__file__).parent / "results"
 REPOSITORY = Path(__file__).parent.parent
@@ -45,6 +48,9 @@ TURN_SECONDS = 0.1
 # repeated, up to ATTEMPTS times as many as asked for; the quietest count.
 QUIET_CORES = 0.15
 ATTEMPTS = 4
+
+# What may bound a case: the unit of work that it limits.
+BOUNDS = {"float32": "flop", "bfloat16": "flop", "read": "bytes"}
 
 Inputs = Any
 Call = Callable[[], Any]
@@ -69,10 +75,20 @@ class Contender:
 
 @dataclass(frozen=True)
 class Target:
-    """The subject must be at least `ratio` times as fast as the contender `against`."""
+    """The subject must be at least `ratio` times as fast as the contender `against`.
 
-    against: str
+    Of several contenders the fastest counts.
+    """
+
+    against: str | tuple[str, ...]
     ratio: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The subject must take at most so many seconds."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -84,13 +100,16 @@ class Case:
     work
         inputs -> amounts of work in one call, as {"pairs": 1e9, "bytes": 1e6}. The table shows the
         first as a rate, the file all of them.
+    bound
+        What limits the subject: a name in BOUNDS, whose unit is then the first of `work`.
     """
 
     name: str
     setup: Callable[[bool, int], Inputs]
     contenders: Sequence[Contender]
     work: Callable[[Inputs], dict[str, float]]
-    target: Target | None = None
+    target: Target | Limit | None = None
+    bound: str | None = None
 
 
 @dataclass
@@ -141,19 +160,24 @@ def admit(contender: Contender, inputs: Inputs) -> Outcome:
     return outcome
 
 
-def take_turn(call: Call) -> float:
+def take_turn(call: Call, turn_seconds: float | None = None) -> float:
     """Seconds of one call. A fast one has warmed up by then, and is the mean over the turn."""
+    turn_seconds = TURN_SECONDS if turn_seconds is None else turn_seconds
     time.sleep(SETTLE_SECONDS)
     start = time.perf_counter()
     call()
     first = time.perf_counter() - start
-    if first >= TURN_SECONDS:
+    if first >= turn_seconds:
         return first
-    repeats = min(round(TURN_SECONDS / max(first, 1e-6)), 10_000)
+    repeats = min(round(turn_seconds / max(first, 1e-6)), 10_000)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def take_quick_turn(call: Call) -> float:
+    return take_turn(call, TURN_SECONDS / 10)
 
 
 def foreign_cpu_seconds() -> float:
@@ -247,12 +271,45 @@ def summarise(
     return record
 
 
-def judge(target: Target, contenders: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A target and what came of it; `met` is None where there is no ratio to judge."""
+def judge(target: Target | Limit, contenders: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A target and what came of it; `met` is None where there is nothing to judge."""
+    if isinstance(target, Limit):
+        subject = contenders[0]
+        measured = subject.get("median_s")
+        met = None if measured is None else measured <= target.seconds
+        return {
+            "against": subject["name"],
+            "seconds": target.seconds,
+            "measured": measured,
+            "met": met,
+        }
+    names = [target.against] if isinstance(target.against, str) else target.against
     ratios = {record["name"]: record.get("ratio") for record in contenders}
-    measured = ratios.get(target.against)
+    measured, against = min(
+        ((ratios[name], name) for name in names if ratios.get(name) is not None),
+        default=(None, names[0]),
+    )
     met = None if measured is None else measured >= target.ratio
-    return {"against": target.against, "ratio": target.ratio, "measured": measured, "met": met}
+    return {"against": against, "ratio": target.ratio, "measured": measured, "met": met}
+
+
+def bound_rate(bound: str, machine: dict[str, Any]) -> float:
+    """What the machine does per second, in the unit of the bound, with the threads of the run."""
+    if bound == "read":
+        return machine["read_gb_s"][str(machine["threads"])] * 1e9
+    return machine["peak_gflops"][bound] * 1e9
+
+
+def relate(case: dict[str, Any], machine: dict[str, Any]) -> None:
+    """Add the subject's `share` of the case's bound, and the `ceiling` of its target."""
+    rate, unit = bound_rate(case["bound"], machine), BOUNDS[case["bound"]]
+    subject = case["contenders"][0]
+    if "per_second" in subject:
+        subject["share"] = subject["per_second"][unit] / rate
+    target = case.get("target", {})
+    for record in case["contenders"]:
+        if "ratio" in target and record["name"] == target["against"] and "per_second" in record:
+            target["ceiling"] = rate / record["per_second"][unit]
 
 
 def run_case(case: Case, quick: bool, threads: int, rounds: int, budget: float) -> dict[str, Any]:
@@ -260,10 +317,13 @@ def run_case(case: Case, quick: bool, threads: int, rounds: int, budget: float) 
     inputs = case.setup(quick, threads)
     outcomes = [admit(contender, inputs) for contender in case.contenders]
     attempts = rounds if quick else ATTEMPTS * rounds
-    done = interleave(outcomes, rounds, attempts, budget)
+    turn = take_quick_turn if quick else take_turn
+    done = interleave(outcomes, rounds, attempts, budget, turn)
     work = case.work(inputs)
     records = [summarise(outcome, outcomes[0], done, rounds, work) for outcome in outcomes]
     result = {"name": case.name, "work": work, "contenders": records}
+    if case.bound:
+        result["bound"] = case.bound
     if case.target and not quick:
         result["target"] = judge(case.target, records)
     return result
@@ -272,6 +332,22 @@ def run_case(case: Case, quick: bool, threads: int, rounds: int, budget: float) 
 def foreign_cores(case: dict[str, Any]) -> float:
     """Cores that other processes kept busy in the worst round whose times are told."""
     return max((record.get("foreign_cores", 0.0) for record in case["contenders"]), default=0.0)
+
+
+def measure_bounds(
+    machine: dict[str, Any], bounds: set[str], threads: int, quick: bool
+) -> dict[str, Any]:
+    """The machine's facts with its bounds, each the better of what stands there and what is now.
+
+    A ceiling is the best that was seen: a neighbour may have been busy at the first measurement.
+    """
+    read = machine["read_gb_s"]
+    for count, rate in read.items():
+        read[count] = max(rate, bandwidth.measure(int(count), quick))
+    for dtype in sorted(bounds - {"read"}):
+        best = machine.setdefault("peak_gflops", {})
+        best[dtype] = max(best.get(dtype, 0.0), peak.measure(dtype, threads, quick))
+    return machine
 
 
 def version(package: str) -> str | None:
@@ -330,31 +406,56 @@ def machine_facts(packages: Sequence[str], threads: int, quick: bool) -> dict[st
 
 
 def format_seconds(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
+def format_bytes(count: float) -> str:
+    return f"{count / 2**20:.3g} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"
+
+
 def format_rate(unit: str, per_second: float) -> str:
-    return f"{per_second / 1e9:.3g} G" + ("B/s" if unit == "bytes" else f" {unit}/s")
+    if per_second < 1e6:
+        return f"{per_second / 1e3:.3g} k {unit}/s"
+    return f"{per_second / 1e9:.3g} G" + {"bytes": "B/s", "flop": "F/s"}.get(unit, f" {unit}/s")
+
+
+def out_of_reach(target: dict[str, Any]) -> bool:
+    """Whether the subject would have to be faster than the machine to meet the target."""
+    return target.get("ceiling", float("inf")) < target.get("ratio", 0.0)
 
 
 def format_target(target: dict[str, Any]) -> str:
     verdict = {True: "met", False: "NOT MET", None: "not measured"}[target["met"]]
+    if out_of_reach(target):
+        verdict += f" (machine's peak: {target['ceiling']:.2g}x)"
+    if "seconds" in target:
+        return f"<= {format_seconds(target['seconds'])}: {verdict}"
     return f">= {target['ratio']:g}x: {verdict}"
 
 
 def contender_row(record: dict[str, Any], target: dict[str, Any] | None) -> list[str]:
-    """name, time, spread, rate, ratio, target: the cells that the terminal and Markdown share."""
+    """name, time, spread, rate, ratio, target: the cells that the terminal and Markdown share.
+
+    A record of memory has bytes in the place of the time.
+    """
+    verdict = format_target(target) if target and target["against"] == record["name"] else ""
+    ratio = record.get("ratio")
+    times = "" if ratio is None else f"{ratio:.2f}x"
+    if "extra_bytes" in record:
+        return [record["name"], format_bytes(record["extra_bytes"]), "", "", times, verdict]
     if "median_s" not in record:
         return [record["name"], record["status"], "", "", "", ""]
     unit, rate = next(iter(record["per_second"].items()))
-    ratio = record.get("ratio")
+    share = f" ({record['share']:.0%})" if "share" in record else ""
     return [
         record["name"],
         format_seconds(record["median_s"]),
         f"{record['spread']:.0%}" if len(record["seconds"]) > 1 else "one run",
-        format_rate(unit, rate),
-        "" if ratio is None else f"{ratio:.2f}x",
-        format_target(target) if target and target["against"] == record["name"] else "",
+        format_rate(unit, rate) + share,
+        times,
+        verdict,
     ]
 
 
@@ -363,6 +464,7 @@ def title(results: dict[str, Any]) -> str:
     machine = results["machine"]
     read = ", ".join(f"{rate:.0f} GB/s with {n}" for n, rate in machine["read_gb_s"].items())
     facts = [machine["cpu"], machine["isa"], f"{machine['threads']} threads", f"reads {read}"]
+    facts += [f"{rate:.0f} GF/s {dtype}" for dtype, rate in machine.get("peak_gflops", {}).items()]
     return f"{results['family']}: " + ", ".join(facts)
 
 
@@ -385,9 +487,8 @@ def show(results: dict[str, Any], console: Console) -> None:
             name, *cells = contender_row(record, case.get("target"))
             table.add_row(f"  {name}", *cells)
             if record["status"] != "ok":
-                failures.append(
-                    f"{case['name']}: {record['name']} is {record['status']}: {record['detail']}"
-                )
+                detail = record.get("detail", "")
+                failures.append(f"{case['name']}: {record['name']} is {record['status']}: {detail}")
     console.print(table)
     for line in failures:
         console.print(line, markup=False, highlight=False)
@@ -398,41 +499,61 @@ def main(
     cases: Sequence[Case],
     packages: Sequence[str],
     arguments: Sequence[str] | None = None,
+    *,
+    rounds: int = 9,
+    budget: float = 6.0,
+    more: Sequence[tuple[str, Callable[[bool], dict[str, Any]]]] = (),
 ) -> int:
-    """The command line of a family's benchmark; 1 where an answer was wrong or a call failed."""
+    """The command line of a family's benchmark; 1 where an answer was wrong or a call failed.
+
+    rounds, budget
+        The defaults of the options of that name.
+    more
+        Cases that are not about time: a name, and quick -> the record as in the result file.
+    """
     parser = argparse.ArgumentParser(description=f"Benchmark pentad.{family} against its peers.")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
     parser.add_argument("--only", metavar="CASE", help="only cases whose name contains this")
     parser.add_argument("--json", metavar="FILE", type=Path, help="where to write the results")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--rounds", type=int, help="default 9, or 2 with --quick")
+    parser.add_argument("--rounds", type=int, help=f"default {rounds}, or 2 with --quick")
     parser.add_argument(
-        "--budget", type=float, default=6.0, help="seconds per contender and case, then it sits out"
+        "--budget",
+        type=float,
+        default=budget,
+        help="seconds per contender and case, then it sits out",
     )
     options = parser.parse_args(arguments)
 
     chosen = [case for case in cases if not options.only or options.only in case.name]
-    if not chosen:
-        parser.error(f"no case matches {options.only!r}: " + "; ".join(case.name for case in cases))
-    rounds = options.rounds or (2 if options.quick else 9)
+    added = [run for name, run in more if not options.only or options.only in name]
+    if not (chosen or added):
+        names = [*(case.name for case in cases), *(name for name, _ in more)]
+        parser.error(f"no case matches {options.only!r}: " + "; ".join(names))
+    rounds = options.rounds or (2 if options.quick else rounds)
 
     use_threads(options.threads)
     console = Console()
     if not console.is_terminal:
         console.width = 120
+    bounds = {case.bound for case in chosen if case.bound}
+    machine = machine_facts(packages, options.threads, options.quick)
+    measure_bounds(machine, bounds, options.threads, options.quick)
+    progress = Console(stderr=True)
+    timed = [
+        run_case(case, options.quick, options.threads, rounds, options.budget)
+        for case in track(chosen, "measuring", console=progress, transient=True)
+    ]
+    measure_bounds(machine, bounds, options.threads, options.quick)
+    for case in timed:
+        if "bound" in case:
+            relate(case, machine)
     results = {
         "family": family,
         "quick": options.quick,
-        "machine": machine_facts(packages, options.threads, options.quick),
-        "cases": [
-            run_case(case, options.quick, options.threads, rounds, options.budget)
-            for case in track(chosen, "measuring", console=Console(stderr=True), transient=True)
-        ],
+        "machine": machine,
+        "cases": timed + [run(options.quick) for run in added],
     }
-    # A ceiling is the best that was seen: a neighbour may have been busy at the first measurement.
-    read = results["machine"]["read_gb_s"]
-    for count, rate in read.items():
-        read[count] = max(rate, bandwidth.measure(int(count), options.quick))
     show(results, console)
 
     # A partial or small run never replaces the family's published results unless told where to go.

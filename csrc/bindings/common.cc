@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <atomic>
 
+#include "attention/attention_drive.h"
 #include "bindings/tensor_caster.h"
 #include "common/cuda_info.h"
 #include "common/isa.h"
@@ -57,6 +58,19 @@ void bind_common(py::module_& m) {
         expect(data, "stream_read", "data", {DType::u8}, 1);
         if (!is_contiguous(data)) bad_value("stream_read", "data is not contiguous");
         return stream_read(static_cast<const uint8_t*>(data.data), data.shape[0]);
+      },
+      py::call_guard<py::gil_scoped_release>());
+  // `rounds` of 16 multiply-adds of full vectors on every thread, of bf16 pairs if asked and the
+  // level has them; the operations done, two per multiply-add: for the peak in benchmarks.
+  m.def(
+      "multiply_adds",
+      [](int64_t rounds, bool bf16) {
+        if (rounds < 0) bad_value("multiply_adds", "rounds is negative");
+        const attention::Kernels& kernels = attention::kernels();
+        const bool pairs = bf16 && kernels.dot_bf16;
+        const int64_t threads = num_threads();
+        parallel_for(threads, [&](int64_t) { kernels.multiply_adds(rounds, pairs); });
+        return threads * rounds * 16 * kernels.lanes * (pairs ? 4 : 2);
       },
       py::call_guard<py::gil_scoped_release>());
 }
