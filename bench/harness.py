@@ -9,8 +9,8 @@ down for a while slows everybody down, and ratios are taken within a round befor
 
 The first contender of a case is its subject (ours). `ratio` on another contender says how many
 times longer it took than the subject. Where a case names what bounds it (the speed at which this
-machine multiplies, or reads memory), the subject's share of that bound stands beside its rate, and a
-target's `ceiling` is the ratio at which the subject would reach the bound.
+machine multiplies, or reads memory), the subject's share of that bound stands beside its rate, and
+a target's `ceiling` is the ratio at which the subject would reach the bound.
 """
 
 from __future__ import annotations
@@ -334,20 +334,11 @@ def foreign_cores(case: dict[str, Any]) -> float:
     return max((record.get("foreign_cores", 0.0) for record in case["contenders"]), default=0.0)
 
 
-def measure_bounds(
-    machine: dict[str, Any], bounds: set[str], threads: int, quick: bool
-) -> dict[str, Any]:
-    """The machine's facts with its bounds, each the better of what stands there and what is now.
-
-    A ceiling is the best that was seen: a neighbour may have been busy at the first measurement.
-    """
-    read = machine["read_gb_s"]
-    for count, rate in read.items():
-        read[count] = max(rate, bandwidth.measure(int(count), quick))
+def measure_peaks(machine: dict[str, Any], bounds: set[str], threads: int, quick: bool) -> None:
+    """Add to the facts how fast the machine multiplies, or raise what stands there."""
     for dtype in sorted(bounds - {"read"}):
         best = machine.setdefault("peak_gflops", {})
         best[dtype] = max(best.get(dtype, 0.0), peak.measure(dtype, threads, quick))
-    return machine
 
 
 def version(package: str) -> str | None:
@@ -406,9 +397,9 @@ def machine_facts(packages: Sequence[str], threads: int, quick: bool) -> dict[st
 
 
 def format_seconds(seconds: float) -> str:
-    if seconds < 1e-3:
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.3g} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def format_bytes(count: float) -> str:
@@ -429,7 +420,7 @@ def out_of_reach(target: dict[str, Any]) -> bool:
 def format_target(target: dict[str, Any]) -> str:
     verdict = {True: "met", False: "NOT MET", None: "not measured"}[target["met"]]
     if out_of_reach(target):
-        verdict += f" (machine's peak: {target['ceiling']:.2g}x)"
+        verdict += f" (peak: {target['ceiling']:.2g}x)"
     if "seconds" in target:
         return f"<= {format_seconds(target['seconds'])}: {verdict}"
     return f">= {target['ratio']:g}x: {verdict}"
@@ -444,7 +435,9 @@ def contender_row(record: dict[str, Any], target: dict[str, Any] | None) -> list
     ratio = record.get("ratio")
     times = "" if ratio is None else f"{ratio:.2f}x"
     if "extra_bytes" in record:
-        return [record["name"], format_bytes(record["extra_bytes"]), "", "", times, verdict]
+        size = format_bytes(record["extra_bytes"])
+        spread = "computed" if record.get("computed") else "one run"
+        return [record["name"], size, spread, "", times, verdict]
     if "median_s" not in record:
         return [record["name"], record["status"], "", "", "", ""]
     unit, rate = next(iter(record["per_second"].items()))
@@ -514,7 +507,12 @@ def main(
     parser = argparse.ArgumentParser(description=f"Benchmark pentad.{family} against its peers.")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
     parser.add_argument("--only", metavar="CASE", help="only cases whose name contains this")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where to write the results")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        help="where to write; a folder if not named .json",
+    )
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, help=f"default {rounds}, or 2 with --quick")
     parser.add_argument(
@@ -535,16 +533,20 @@ def main(
     use_threads(options.threads)
     console = Console()
     if not console.is_terminal:
-        console.width = 120
+        console.width = 132
     bounds = {case.bound for case in chosen if case.bound}
     machine = machine_facts(packages, options.threads, options.quick)
-    measure_bounds(machine, bounds, options.threads, options.quick)
+    measure_peaks(machine, bounds, options.threads, options.quick)
     progress = Console(stderr=True)
     timed = [
         run_case(case, options.quick, options.threads, rounds, options.budget)
         for case in track(chosen, "measuring", console=progress, transient=True)
     ]
-    measure_bounds(machine, bounds, options.threads, options.quick)
+    # A ceiling is the best that was seen: a neighbour may have been busy at the first measurement.
+    measure_peaks(machine, bounds, options.threads, options.quick)
+    read = machine["read_gb_s"]
+    for count, rate in read.items():
+        read[count] = max(rate, bandwidth.measure(int(count), options.quick))
     for case in timed:
         if "bound" in case:
             relate(case, machine)
@@ -561,6 +563,7 @@ def main(
     if path is None and not options.quick and not options.only:
         path = RESULTS / f"{family}.json"
     if path is not None:
+        path = path if path.suffix == ".json" else path / f"{family}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"wrote {path}", markup=False, highlight=False)

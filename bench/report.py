@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY, RESULTS, contender_row, foreign_cores
+from harness import REPOSITORY, RESULTS, contender_row, foreign_cores, out_of_reach
 
 HEADINGS = ("case", "contender", "median", "spread", "rate", "time / ours", "target")
 ALIGNMENT = ("---", "---", "--:", "--:", "--:", "--:", "--:")
@@ -37,6 +37,11 @@ def markdown(results: dict[str, Any]) -> str:
         for count, rate in machine["read_gb_s"].items()
     )
     versions = ", ".join(f"{p} {v or 'missing'}" for p, v in machine["versions"].items())
+    peaks = " and ".join(
+        f"{rate:.0f} GF/s in {dtype}" for dtype, rate in machine.get("peak_gflops", {}).items()
+    )
+    if peaks:
+        read += f", and multiplies and adds at {peaks}; shares in brackets are of these"
     foreign = max(map(foreign_cores, results["cases"]))
     commit = (machine["commit"] or "unknown")[:12] + (" with changes" if machine["dirty"] else "")
     facts = (
@@ -46,6 +51,13 @@ def markdown(results: dict[str, Any]) -> str:
         "it was timed; contenders took turns, and ratios are medians over rounds. Other processes "
         f"used at most {foreign:.2f} cores meanwhile."
     )
+    targets = [case["target"] for case in results["cases"] if "target" in case]
+    if beyond := sum(map(out_of_reach, targets)):
+        met = sum(target["met"] is True for target in targets)
+        facts += (
+            f" {met} of {len(targets)} targets are met; {beyond} ask for more than the peak of "
+            "this machine allows, which then stands beside them as a multiple of the peer."
+        )
     return f"{table}\n\n{facts}"
 
 

@@ -195,6 +195,77 @@ def test_targets_are_judged(harness, measured, met):
     assert harness.judge(harness.Target("peer", 5.0), records)["met"] is met
 
 
+@pytest.mark.parametrize(("measured", "met"), [(9e-6, True), (1e-5, True), (1.1e-5, False)])
+def test_limits_are_judged(harness, measured, met):
+    judged = harness.judge(harness.Limit(1e-5), [{"name": "ours", "median_s": measured}])
+    assert judged == {"against": "ours", "seconds": 1e-5, "measured": measured, "met": met}
+    assert harness.judge(harness.Limit(1e-5), [{"name": "ours"}])["met"] is None
+    assert harness.format_target(judged) == f"<= 10 us: {'met' if met else 'NOT MET'}"
+
+
+def test_the_fastest_of_several_peers_counts(harness):
+    target = harness.Target(("a", "b", "c"), 3.0)
+    records = [{"name": "ours"}, {"name": "a", "ratio": 5.0}, {"name": "b", "ratio": 2.0}]
+    judged = harness.judge(target, records)
+    assert judged == {"against": "b", "ratio": 3.0, "measured": 2.0, "met": False}
+    assert harness.judge(target, records[:1])["met"] is None
+
+
+def test_shares_and_ceilings_are_of_the_bound(harness):
+    machine = {"threads": 2, "read_gb_s": {"1": 20.0, "2": 30.0}, "peak_gflops": {"float32": 400.0}}
+
+    def related(bound, unit, ratio):
+        ours = {"name": "ours", "per_second": {unit: 20e9}}
+        peer = {"name": "b", "per_second": {unit: 10e9}}
+        target = {"against": "b", "ratio": ratio, "measured": 2.0, "met": False}
+        case = {"bound": bound, "contenders": [ours, peer], "target": target}
+        harness.relate(case, machine)
+        return ours["share"], target["ceiling"], harness.format_target(target)
+
+    assert related("float32", "flop", 50.0) == (
+        pytest.approx(0.05),
+        pytest.approx(40.0),
+        ">= 50x: NOT MET (peak: 40x)",
+    )
+    share, ceiling, shown = related("read", "bytes", 2.5)
+    assert (share, ceiling) == (pytest.approx(20 / 30), pytest.approx(3.0))
+    assert shown == ">= 2.5x: NOT MET"
+
+
+def test_the_peak_is_the_best_seen(harness, monkeypatch):
+    seen = iter([300.0, 200.0, 250.0, 350.0])
+    monkeypatch.setattr(harness.peak, "measure", lambda dtype, threads, quick: next(seen))
+    machine = {}
+    harness.measure_peaks(machine, {"read", "float32", "bfloat16"}, 2, True)
+    harness.measure_peaks(machine, {"read", "float32", "bfloat16"}, 2, True)
+    assert machine == {"peak_gflops": {"bfloat16": 300.0, "float32": 350.0}}
+
+
+def test_multiply_adds_are_counted_and_timed():
+    from pentad import _C
+
+    peak = importlib.import_module("peak")
+    plain = _C.multiply_adds(10, False)
+    assert plain == 10 * _C.multiply_adds(1, False) > 0
+    assert _C.multiply_adds(10, True) in (plain, 2 * plain)
+    with pytest.raises(ValueError, match="negative"):
+        _C.multiply_adds(-1, False)
+    assert peak.measure("float32", 1, quick=True) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("unit", "rate", "shown"),
+    [
+        ("bytes", 3e9, "3 GB/s"),
+        ("flop", 1.5e11, "150 GF/s"),
+        ("pairs", 2e7, "0.02 G pairs/s"),
+        ("calls", 1.25e5, "125 k calls/s"),
+    ],
+)
+def test_rates_have_the_unit_of_the_work(harness, unit, rate, shown):
+    assert harness.format_rate(unit, rate) == shown
+
+
 MACHINE = {
     "cpu": "a CPU",
     "cores": 2,
@@ -276,6 +347,8 @@ def test_small_and_partial_runs_publish_nothing(run_main, tmp_path):
     results = json.loads((tmp_path / "here" / "quick.json").read_text())
     assert results["quick"]
     assert "target" not in results["cases"][0]
+    run_main("--quick", "--json", str(tmp_path / "folder"))
+    assert (tmp_path / "folder" / "family.json").exists()
     with pytest.raises(SystemExit):
         run_main("--only", "no such case")
 
@@ -343,6 +416,30 @@ def test_report_inserts_the_table_once(report, site):
     assert readme.read_text() == text
 
 
+def test_report_tells_peaks_shares_and_memory(report, site):
+    readme, arguments = site
+    results = published()
+    results["machine"] = MACHINE | {"peak_gflops": {"float32": 400.0}}
+    case = results["cases"][0]
+    case["contenders"][0]["share"] = 0.25
+    case["target"]["ceiling"] = 4.0
+    records = [
+        {"name": "ours", "status": "ok", "extra_bytes": 3 << 20},
+        {"name": "peer", "status": "ok", "extra_bytes": 2 << 30, "ratio": 682.67, "computed": True},
+    ]
+    target = {"against": "peer", "ratio": 59.0, "measured": 682.67, "met": True}
+    results["cases"].append({"name": "extra memory", "contenders": records, "target": target})
+    (readme.parent / "results" / "family.json").write_text(json.dumps(results))
+    assert report.main(arguments) == 0
+    text = readme.read_text()
+    assert "| a case | ours | 100 ms | 5% | 10 GB/s (25%) |  |  |" in text
+    assert ">= 5x: NOT MET (peak: 4x) |" in text
+    assert "| extra memory | ours | 3 MiB | one run |  |  |  |" in text
+    assert "|  | peer | 2 GiB | computed |  | 682.67x | >= 59x: met |" in text
+    assert "multiplies and adds at 400 GF/s in float32" in text
+    assert "1 of 2 targets are met; 1 ask for more than the peak" in text
+
+
 def test_report_check_tells_differences_and_changes_nothing(report, site, capsys):
     readme, arguments = site
     assert report.main([*arguments, "--check"]) == 1
@@ -400,3 +497,106 @@ def test_every_target_of_the_issue_has_a_case():
     for name, target in hamming.TARGETS.items():
         assert cases[name].target == target
         assert target.against in [contender.name for contender in cases[name].contenders]
+
+
+@pytest.fixture(scope="module")
+def attention():
+    pytest.importorskip("torch")
+    return importlib.import_module("attention")
+
+
+@pytest.fixture(scope="module")
+def attention_data(attention):
+    return importlib.import_module("attention_data")
+
+
+MASKS = ("full", "causal")
+
+
+def test_every_row_of_the_attention_table_has_its_cases(attention):
+    cases = {case.name: case for case in attention.CASES}
+    assert len(cases) == len(attention.CASES)
+    grid = [f"1,8,{n},{d} {m}" for n in (1024, 2048, 4096) for d in (64, 128) for m in MASKS]
+    short = ["8,8,256,64 causal", "4,8,512,64 causal"]
+    half = [name for name in grid if "4096,128" not in name]
+    many = ["64,8,49,32 full"]
+    expected = {
+        ("forward float32", 2.0): grid,
+        ("forward bfloat16", 3.5): grid,
+        ("forward float32", 3.5): short,
+        ("forward bfloat16", 5.0): short,
+        ("training float32", 1.8): half + short,
+        ("training bfloat16", 2.5): half + short,
+        ("backward float16", 8.0): ["1,8,1024,64 full", "1,8,1024,64 causal"],
+        ("forward float32", 3.0): many,
+        ("forward bfloat16", 3.0): many,
+        ("training float32", 3.0): many,
+        ("training bfloat16", 3.0): many,
+        ("forward float32", 10.0): ["1,8,4096,64 window of 128"],
+        ("forward bfloat16", 10.0): ["1,8,4096,64 window of 128"],
+        ("decode float32,", 0.7): ["1 query, 32/8 heads, 16384 keys, D 128"],
+        ("decode bfloat16,", 0.7): ["1 query, 32/8 heads, 16384 keys, D 128"],
+    }
+    for (what, ratio), shapes in expected.items():
+        for shape in shapes:
+            case = cases.pop(f"{what} {shape}")
+            assert case.target.ratio == ratio
+            against = case.target.against
+            names = {contender.name for contender in case.contenders}
+            assert names >= ({against} if isinstance(against, str) else set(against))
+    tiny = cases.pop("a call on 1,1,1,8 without gradients")
+    assert tiny.target.seconds == 1e-5
+    assert not any(case.target for case in cases.values())
+    memory = importlib.import_module("attention_memory")
+    assert {what: target.ratio for what, target in memory.TARGETS.items()} == {
+        "forward": 59.0,
+        "training": 32.0,
+    }
+
+
+def test_the_attention_benchmark_finds_wrong_answers(attention, attention_data):
+    torch = pytest.importorskip("torch")
+    options = {"causal": True, "window": 5}
+    problem = attention_data.random_problem((2, 3, 12, 8), torch.float32, **options)
+    problem.bias = torch.randn(1, 3, 12, 12, generator=torch.Generator().manual_seed(2))
+    problem.solve(gradients=True)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril().triu(-4)
+
+    def plain(q, k, v, bias):
+        bias = bias.masked_fill(~mask, float("-inf"))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    results = attention.training(plain, problem.leaves, problem.d_out)()
+    problem.check(results)
+    for number in range(len(results)):
+        wrong = [x.detach().clone() for x in results]
+        wrong[number][0, -1, -1, -1] += 0.1
+        with pytest.raises(AssertionError, match=attention_data.RESULTS[number]):
+            problem.check(wrong)
+    wrong = [x.detach().clone() for x in results]
+    wrong[0][0, 0, 6, 0] = float("nan")  # a head of which only some rows are checked
+    with pytest.raises(AssertionError, match="some rows"):
+        problem.check(wrong)
+
+
+def test_the_documents_of_the_attention_benchmark(attention, attention_data):
+    documents = attention_data.random_documents(4, 9, heads=2, dim=8)
+    assert len(set(documents.lengths)) > 1
+    padded = attention.padded_sdpa("training", documents)()
+    documents.check(padded)
+    documents.check(attention.sdpa_per_document("training", documents)())
+    wrong = [x.detach().clone() for x in padded]
+    wrong[2][1, 0, 0, 0] += 0.1
+    with pytest.raises(AssertionError, match="dk"):
+        documents.check(wrong)
+
+
+def test_extra_memory_is_that_of_the_matrices():
+    pytest.importorskip("torch")
+    memory = importlib.import_module("attention_memory")
+    record = memory.measure("plain torch", 1024, "forward")
+    matrix = 4 * 1024**2
+    assert 1.5 * matrix < record["extra_bytes"] < 4 * matrix
+    failed = memory.measure("plain torch", -1, "forward")
+    assert failed["status"] == "error"
+    assert "negative" in failed["detail"]

@@ -228,7 +228,9 @@ def registers():
     for line in listing.splitlines():
         if line.endswith(">:"):
             name = line.split("<", 1)[1]
-            kernel = re.match(r"(?:\w+ )?pentad::(v\w+)::\(anonymous namespace\)::(\w+)", name)
+            kernel = re.match(
+                r"(?:\w+ )?pentad::(v\w+)::(?:\(anonymous namespace\)|attention_simd)::(\w+)", name
+            )
             owner = kernel.groups() if kernel else (None, name)
         elif owner:
             widths = re.findall(r"%([xyz]mm)", line)
@@ -248,7 +250,20 @@ def test_the_levels_are_all_in_the_extension(registers):
 @pytest.mark.skipif(not X86, reason="not x86-64")
 @pytest.mark.parametrize("level", ["v2", "v3", "v4", "v4x"])
 @pytest.mark.parametrize(
-    "kernel", ["scan", "distance", "score", "weighted_sum", "select", "count_ones", "dot"]
+    "kernel",
+    [
+        "scan",
+        "distance",
+        "score",
+        "weighted_sum",
+        "select",
+        "count_ones",
+        "dot",
+        "panel",
+        "forward",
+        "backward",
+        "few_rows",
+    ],
 )
 def test_hot_kernels_use_the_registers_of_their_level(registers, level, kernel):
     """Many vector instructions are of the level's width (not the tails), and none is wider."""

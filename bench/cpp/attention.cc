@@ -87,7 +87,7 @@ class Arrays {
     problem.scale = 1.0 / std::sqrt(static_cast<double>(c.dim));
     if (c.causal) problem.right = 0;
     outputs.out = operand(out_);
-    outputs.lse = {lse_.data(), DType::f32, {c.heads * c.length, c.length, 1, 0}};
+    outputs.lse = {lse_.data(), DType::f64, {c.heads * c.length, c.length, 1, 0}};
     gradients.out = outputs.out;
     gradients.lse = outputs.lse;
     gradients.d_out = operand(d_out_);
@@ -142,7 +142,7 @@ class Arrays {
   Case c_;
   int64_t element_;
   std::vector<char> q_, k_, v_, d_out_, out_, dq_, dk_, dv_;
-  std::vector<float> lse_;
+  std::vector<double> lse_;
 };
 
 bool measure(const Case& c, int rounds, double peak) {

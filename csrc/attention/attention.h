@@ -114,8 +114,8 @@ struct Problem {
   int64_t offset(int64_t b) const { return top_left ? 0 : k_len(b) - q_len(b); }
 };
 
-// out: dtype of q, (b, h, i, value_dim). lse: f32 (f64 for f64 arrays), stride[3] unused; may have
-// no data. key_mass: f32 (f64), (b, h, j), contiguous [batch][heads][max_k], or null; with packed
+// out: dtype of q, (b, h, i, value_dim). lse: f32 or f64, stride[3] unused; may have no data. The
+// backward pass recomputes p from it: an f64 lse spares p a relative error of up to 1e-6. key_mass: f32 (f64), (b, h, j), contiguous [batch][heads][max_k], or null; with packed
 // sequences [heads][total keys].
 struct Outputs {
   Operand out, lse;

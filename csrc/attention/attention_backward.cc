@@ -31,7 +31,7 @@ class PackedQueries {
     }
     if (!is_packed(p.q, p.dim)) q_pairs_ = room(rows / pair() * shape.width);
     if (!is_packed(g.d_out, p.value_dim)) do_pairs_ = room(rows / pair() * shape.value_width);
-    lse_ = room(rows);
+    lse_ = Scratch<LogSum>(rows);
     delta_ = room(rows);
   }
 
@@ -40,7 +40,7 @@ class PackedQueries {
   int64_t row(int64_t b, int64_t h, int64_t i) const {
     return first_[b] + h * padded(p_.q_len(b), kTile) + i;
   }
-  float* lse(int64_t row) const { return lse_.get() + row; }
+  LogSum* lse(int64_t row) const { return lse_.get() + row; }
   float* delta(int64_t row) const { return delta_.get() + row; }
   // Query i, a multiple of 64. f32 rows are their own pairs form, and may stay where they are.
   const float* q_rows(int64_t b, int64_t h, int64_t i) const {
@@ -75,23 +75,21 @@ class PackedQueries {
       kernels().pack_pairs(d_out, shape_.bf16, do_pairs_.get() + at / pair() * shape_.value_width);
     kernels().row_dots(out, d_out, delta(at));
     for (int64_t i = 0; i < count; ++i) {
-      lse(at)[i] = at_lse(g_.lse, b, h, first + i);
-      if (g_.d_lse.data) delta(at)[i] -= at_lse(g_.d_lse, b, h, first + i);
+      lse(at)[i] = log_sum(row_statistic(p_, g_.lse, b, h, first + i));
+      if (g_.d_lse.data)
+        delta(at)[i] -= static_cast<float>(row_statistic(p_, g_.d_lse, b, h, first + i));
     }
   }
 
  private:
   int64_t pair() const { return shape_.bf16 ? 2 : 1; }
-  float at_lse(const Operand& x, int64_t b, int64_t h, int64_t i) const {
-    const int64_t first = p_.q_begin.empty() ? b * x.stride[0] : p_.q_begin[b] * x.stride[2];
-    return static_cast<const float*>(x.data)[first + h * x.stride[1] + i * x.stride[2]];
-  }
 
   const Problem& p_;
   const Gradients& g_;
   const Shape& shape_;
   std::vector<int64_t> first_;
-  Scratch<float> q_rows_, do_rows_, q_pairs_, do_pairs_, lse_, delta_;
+  Scratch<float> q_rows_, do_rows_, q_pairs_, do_pairs_, delta_;
+  Scratch<LogSum> lse_;
 };
 
 class Backward {
@@ -159,7 +157,6 @@ class Backward {
       job.span_count = static_cast<int64_t>(spans.size());
       job.scratch = scratch.get();
       job.lse = queries_.lse(row);
-      job.lse_row = 1;
       job.weights = key_side(g_.d_key_mass, block.b, block.h, p_.heads);
       job.row_sums = queries_.delta(row);
       kernels().mass[shape_.bf16](job);
@@ -293,7 +290,7 @@ class Backward {
       for (int64_t b = 0; b < p_.batch; ++b)
         for (int64_t i = 0; i < p_.q_len(b); ++i) {
           const int64_t row = queries_.row(b, h, i);
-          const double lse = *queries_.lse(row);
+          const double lse = row_statistic(p_, g_.lse, b, h, i);
           if (lse == -std::numeric_limits<double>::infinity()) continue;
           sum -= std::exp(sink - lse) * *queries_.delta(row);
         }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "attention/attention_drive.h"
 
+#include <cmath>
+
 #include "common/isa.h"
 
 namespace pentad::attention {
@@ -78,6 +80,36 @@ const void* k_at(const Problem& p, const Operand& x, int64_t b, int64_t kv_head,
 Rows q_rows(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t first, int64_t count,
             int64_t dim) {
   return {q_at(p, x, b, h, first), nullptr, x.dtype, x.stride[2], x.stride[3], count, dim};
+}
+
+namespace {
+
+int64_t row_index(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
+  const int64_t first = p.q_begin.empty() ? b * x.stride[0] : p.q_begin[b] * x.stride[2];
+  return first + h * x.stride[1] + i * x.stride[2];
+}
+
+}  // namespace
+
+double row_statistic(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
+  const int64_t at = row_index(p, x, b, h, i);
+  return x.dtype == DType::f64 ? static_cast<const double*>(x.data)[at]
+                               : static_cast<const float*>(x.data)[at];
+}
+
+void set_row_statistic(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i,
+                       double value) {
+  const int64_t at = row_index(p, x, b, h, i);
+  if (x.dtype == DType::f64)
+    static_cast<double*>(x.data)[at] = value;
+  else
+    static_cast<float*>(x.data)[at] = static_cast<float>(value);
+}
+
+LogSum log_sum(double lse) {
+  const double exact = lse * 1.44269504088896340736;
+  const float high = static_cast<float>(exact);
+  return {high, std::isfinite(high) ? static_cast<float>(exact - high) : 0.0f};
 }
 
 Rule rule_of(const Problem& p, int64_t b, int64_t h) {

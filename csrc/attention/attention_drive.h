@@ -27,6 +27,11 @@ const void* k_at(const Problem&, const Operand&, int64_t b, int64_t kv_head, int
 Rows q_rows(const Problem&, const Operand&, int64_t b, int64_t h, int64_t first, int64_t count,
             int64_t dim);
 
+// lse or its gradient, f32 or f64, of row (b, h, i); and lse as the kernels take it.
+double row_statistic(const Problem&, const Operand&, int64_t b, int64_t h, int64_t i);
+void set_row_statistic(const Problem&, const Operand&, int64_t b, int64_t h, int64_t i, double x);
+LogSum log_sum(double lse);
+
 Rule rule_of(const Problem&, int64_t b, int64_t h);
 
 // The unit sizes of one problem at this level.

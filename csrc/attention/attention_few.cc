@@ -147,11 +147,11 @@ void forward_few(const Problem& p, const Outputs& out) {
       kernels().write_rows(sum.data(), 0, l == 0.0f ? 0.0f : keep / l, 1, p.value_dim, p.q.dtype,
                            const_cast<void*>(q_at(p, out.out, b, h, i)), 0, out.out.stride[3]);
       if (!out.lse.data) continue;
-      const int64_t row =
-          p.q_begin.empty() ? b * out.lse.stride[0] : p.q_begin[b] * out.lse.stride[2];
-      static_cast<float*>(out.lse.data)[row + h * out.lse.stride[1] + i * out.lse.stride[2]] =
-          l == 0.0f ? -std::numeric_limits<float>::infinity()
-                    : (m + std::log2(l)) * 0.693147180559945309f;
+      constexpr double kInfinity = std::numeric_limits<double>::infinity();
+      set_row_statistic(p, out.lse, b, h, i,
+                        l == 0.0f        ? -kInfinity
+                        : m == kInfinity ? kInfinity
+                                         : (m + std::log2(double{l})) * 0.693147180559945309417);
     }
   };
   for_tasks(p, pairs * partials.splits, [&](int64_t task) {

@@ -19,12 +19,6 @@ void* out_at(const Problem& p, const Operand& out, int64_t b, int64_t h, int64_t
   return const_cast<void*>(q_at(p, out, b, h, i));
 }
 
-// Row i of (b, h) in lse's layout, f32.
-float* lse_at(const Problem& p, const Operand& lse, int64_t b, int64_t h, int64_t i) {
-  const int64_t row = p.q_begin.empty() ? b * lse.stride[0] : p.q_begin[b] * lse.stride[2];
-  return static_cast<float*>(lse.data) + row + h * lse.stride[1] + i * lse.stride[2];
-}
-
 void forward_block(const Problem& p, const Shape& shape, const PackedKeys& keys,
                    const QueryBlock& block, const Outputs& out, std::vector<Span>& spans,
                    float* scratch) {
@@ -44,11 +38,12 @@ void forward_block(const Problem& p, const Shape& shape, const PackedKeys& keys,
   job.out = out_at(p, out.out, block.b, block.h, block.first);
   job.out_row = out.out.stride[2];
   job.out_element = out.out.stride[3];
-  if (out.lse.data) {
-    job.lse = lse_at(p, out.lse, block.b, block.h, block.first);
-    job.lse_row = out.lse.stride[2];
-  }
+  double lse[kQueryBlock];
+  job.lse = lse;
   kernels().forward[shape.bf16](job);
+  if (out.lse.data)
+    for (int64_t r = 0; r < block.rows; ++r)
+      set_row_statistic(p, out.lse, block.b, block.h, block.first + r, lse[r]);
 }
 
 void forward_short(const Problem& p, const Outputs& out) {
@@ -100,8 +95,10 @@ void key_mass(const Problem& p, const Shape& shape, const PackedKeys& keys, cons
       job.spans = spans.data();
       job.span_count = static_cast<int64_t>(spans.size());
       job.scratch = scratch.get();
-      job.lse = lse_at(p, out.lse, b, h, block->first);
-      job.lse_row = out.lse.stride[2];
+      LogSum lse[kQueryBlock];
+      for (int64_t r = 0; r < block->rows; ++r)
+        lse[r] = log_sum(row_statistic(p, out.lse, b, h, block->first + r));
+      job.lse = lse;
       job.mass = mass + (p.k_begin.empty() ? (b * p.heads + h) * p.max_k
                                            : h * total_keys + p.k_begin[b]);
       kernels().mass[shape.bf16](job);

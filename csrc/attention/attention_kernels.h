@@ -67,8 +67,13 @@ struct ForwardJob {
   float* scratch;  // forward_scratch floats, 64-byte aligned
   void* out;       // of the block's first row
   int64_t out_row, out_element;
-  float* lse;  // or null
-  int64_t lse_row;
+  double* lse;     // [rows]
+};
+
+// lse in units of log2, in two floats: recomputed probabilities then err by the exponential's
+// argument alone, not by the rounding of lse (up to 1e-6 of every p of a row).
+struct LogSum {
+  float high, low;
 };
 
 // Sums of probabilities over the block's queries, added to mass[key]; or, with `weights`, the sums
@@ -81,8 +86,7 @@ struct MassJob {
   const Span* spans;
   int64_t span_count;
   float* scratch;
-  const float* lse;
-  int64_t lse_row;
+  const LogSum* lse;  // [rows]
   float* mass;
   const float* weights;
   float* row_sums;
@@ -103,7 +107,7 @@ struct BackwardJob {
   const float* k_pairs;
   const float* v_lanes;
   const Span* span;
-  const float* lse;    // of the block's rows, -inf where a row sees nothing
+  const LogSum* lse;   // of the block's rows, -inf where a row sees nothing
   const float* delta;  // likewise
   float keep_scale;    // 1 / (1 - dropout)
   const float* mass_gradient;  // of the tile's first key, or null

@@ -356,7 +356,8 @@ Operand Arguments::rows(const TensorView& x, const char* name, bool keys, int64_
 
 Operand Arguments::row_statistics(const TensorView& x, const char* name, bool output) {
   const Problem& p = problem;
-  expect(x, op_, name, {statistics(p.q.dtype)}, packed ? 2 : 3);
+  if (p.q.dtype == DType::f64) expect(x, op_, name, {DType::f64}, packed ? 2 : 3);
+  else expect(x, op_, name, {DType::f32, DType::f64}, packed ? 2 : 3);
   if (packed) expect_shape(x, op_, name, {p.heads, q_tokens});
   else expect_shape(x, op_, name, {p.batch, p.heads, q_tokens});
   if (output && !is_contiguous(x)) bad_value(op_, text(name) + " is not contiguous");

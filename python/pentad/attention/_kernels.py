@@ -27,8 +27,9 @@ def empty_out(q, value_dim, packed):
 
 
 def empty_lse(q, packed):
+    """float64 whatever `q` is: the gradient recomputes the probabilities from it."""
     shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    return q.new_empty(shape, dtype=accumulator(q.dtype))
+    return q.new_empty(shape, dtype=torch.float64)
 
 
 def empty_forward(q, k, v, packed, key_mass):
@@ -91,8 +92,8 @@ def backward(
     rest = iter(grads)
     dq, dk, dv, dbias, dkey_bias, dsink = (next(rest) if want else None for want in wanted)
     written = dbias  # in the accumulator's dtype
-    if dbias is not None and dbias.dtype != lse.dtype:
-        written = torch.empty_like(dbias, dtype=lse.dtype)
+    if dbias is not None and dbias.dtype != accumulator(q.dtype):
+        written = torch.empty_like(dbias, dtype=accumulator(q.dtype))
     _C.attention_backward(
         q, k, v, out, lse, d_out,
         None if d_lse is None else d_lse.contiguous(),

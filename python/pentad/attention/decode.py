@@ -4,6 +4,7 @@
 import torch
 
 from pentad.attention import autograd
+from pentad.attention._kernels import accumulator
 from pentad.attention.functional import (
     bias_of,
     check_device,
@@ -194,7 +195,7 @@ def decode(
         q, k_cache, v_cache, lengths, cache_batch_idx, cache_leftpad, block_table, bias, sink,
         alibi_slopes, scale, softcap, left, right,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (out, lse.to(accumulator(q.dtype))) if return_lse else out
 
 
 def _lengths(op, cache_seqlens, q, b):

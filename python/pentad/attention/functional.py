@@ -161,6 +161,8 @@ def bias_of(op, bias, q, b, hq, sq, sk):
         raise ValueError(f"[{op}] bias has shape {shape}, expected one that broadcasts to {full}")
     while bias.ndim < 4:
         bias = bias.unsqueeze(0)
+    if bias.dtype == torch.float64 and q.dtype != torch.float64:
+        bias = bias.float()
     return bias
 
 
@@ -366,6 +368,7 @@ def attention(
         scale, softcap, left, right, top_left, dropout_p, q_block, k_block, bool(return_key_mass),
     )  # fmt: skip
     if return_lse:
+        lse = lse.to(accumulator(q.dtype))
         return (out, lse, mass) if return_key_mass else (out, lse)
     return (out, mass) if return_key_mass else out
 
