@@ -44,9 +44,10 @@ double peak_gflops(bool bf16) {
   const int threads = num_threads();
   double best = 1e9;
   for (int i = 0; i < 5; ++i)
-    best = std::min(best, median_seconds(3, [&] {
-                      parallel_for(threads, [&](int64_t) { kernels().multiply_adds(kRounds, bf16); });
-                    }));
+    best =
+        std::min(best, median_seconds(3, [&] {
+                   parallel_for(threads, [&](int64_t) { kernels().multiply_adds(kRounds, bf16); });
+                 }));
   const double per_round = 16.0 * kernels().lanes * 2 * (bf16 ? 2 : 1);
   return threads * kRounds * per_round / best / 1e9;
 }
@@ -128,9 +129,7 @@ class Arrays {
  private:
   int64_t bytes() const { return c_.batch * c_.heads * c_.length * c_.dim * element_; }
   Operand operand(std::vector<char>& array) const {
-    return {array.data(),
-            c_.dtype,
-            {c_.heads * c_.length * c_.dim, c_.length * c_.dim, c_.dim, 1}};
+    return {array.data(), c_.dtype, {c_.heads * c_.length * c_.dim, c_.length * c_.dim, c_.dim, 1}};
   }
   double at(const std::vector<char>& array, int64_t row, int64_t d) const {
     float x;
@@ -156,15 +155,13 @@ bool measure(const Case& c, int rounds, double peak) {
   const double f = arrays.flops() / ahead / 1e9, b = 2.5 * arrays.flops() / back / 1e9;
   std::printf("%-5s %-5s %3ld,%3ld,%5ld,%3ld %-7s %8.0f %4.0f%% %9.0f %4.0f%%\n", name(isa()),
               dtype_name(c.dtype), static_cast<long>(c.batch), static_cast<long>(c.heads),
-              static_cast<long>(c.length), static_cast<long>(c.dim), c.causal ? "causal" : "full", f,
-              100 * f / peak, b, 100 * b / peak);
+              static_cast<long>(c.length), static_cast<long>(c.dim), c.causal ? "causal" : "full",
+              f, 100 * f / peak, b, 100 * b / peak);
   std::fflush(stdout);
   return true;
 }
 
-double peak_for(DType dtype) {
-  return peak_gflops(dtype == DType::bf16 && kernels().dot_bf16);
-}
+double peak_for(DType dtype) { return peak_gflops(dtype == DType::bf16 && kernels().dot_bf16); }
 
 }  // namespace
 

@@ -93,14 +93,14 @@ struct Problem {
   int64_t left = kUnbounded, right = kUnbounded;
   bool top_left = false;
 
-  Operand bias;                     // any float dtype or boolean; data null: none
+  Operand bias;  // any float dtype or boolean; data null: none
   // float32, or double where q is f64:
   const void* key_bias = nullptr;  // (b, h or KV head, j)
   int64_t key_bias_stride[3] = {};
-  int64_t key_bias_heads = 0;       // Hq or Hk
-  const void* alibi = nullptr;     // (b, h)
+  int64_t key_bias_heads = 0;   // Hq or Hk
+  const void* alibi = nullptr;  // (b, h)
   int64_t alibi_stride[2] = {};
-  const void* sink = nullptr;      // [Hq]
+  const void* sink = nullptr;  // [Hq]
   double dropout = 0.0;
   uint64_t seed = 0;
   const BlockMask* mask = nullptr;
@@ -129,7 +129,7 @@ void forward(const Problem&, const Outputs&);
 // [batch][key_bias_heads][max_k] (packed: [key_bias_heads][total keys]). dsink: [Hq]. The buffers
 // are overwritten.
 struct Gradients {
-  Operand out, lse, d_out, d_lse;  // given; d_lse has lse's layout
+  Operand out, lse, d_out, d_lse;    // given; d_lse has lse's layout
   const void* d_key_mass = nullptr;  // layout of key_mass
   Operand dq, dk, dv, dbias;
   void* dkey_bias = nullptr;

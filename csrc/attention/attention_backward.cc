@@ -134,16 +134,14 @@ class Backward {
   }
 
   const float* key_side(const void* base, int64_t b, int64_t h, int64_t heads) const {
-    if (p_.k_begin.empty())
-      return static_cast<const float*>(base) + (b * heads + h) * p_.max_k;
+    if (p_.k_begin.empty()) return static_cast<const float*>(base) + (b * heads + h) * p_.max_k;
     return static_cast<const float*>(base) + h * p_.k_begin.back() + p_.k_begin[b];
   }
 
   void add_mass_to_delta() {
     for_tasks(p_, static_cast<int64_t>(blocks_.size()), [&](int64_t task) {
       const QueryBlock& block = blocks_[task];
-      const Scratch<float> scratch =
-          Scratch<float>(forward_scratch(p_.dim, p_.value_dim));
+      const Scratch<float> scratch = Scratch<float>(forward_scratch(p_.dim, p_.value_dim));
       std::vector<Span> spans;
       spans_of(p_, block, 0, keys_.tiles(block.b), spans);
       const Rule rule = rule_of(p_, block.b, block.h);
@@ -224,18 +222,15 @@ class Backward {
           job.do_step = queries_.do_step();
           job.q_pairs = queries_.q_pairs(b, h, meeting.first);
           job.do_pairs = queries_.do_pairs(b, h, meeting.first);
-          job.k_lanes =
-              keys_.get(PackedKeys::k_lanes, b, kv_head) + tile * shape_.units * kTile;
-          job.k_pairs =
-              keys_.get(PackedKeys::k_pairs, b, kv_head) + tile * width * shape_.key_rows;
+          job.k_lanes = keys_.get(PackedKeys::k_lanes, b, kv_head) + tile * shape_.units * kTile;
+          job.k_pairs = keys_.get(PackedKeys::k_pairs, b, kv_head) + tile * width * shape_.key_rows;
           job.v_lanes =
               keys_.get(PackedKeys::v_lanes, b, kv_head) + tile * shape_.value_units * kTile;
           job.span = &meeting.span;
           job.lse = queries_.lse(row);
           job.delta = queries_.delta(row);
           job.keep_scale = static_cast<float>(1.0 / (1.0 - p_.dropout));
-          if (g_.d_key_mass)
-            job.mass_gradient = key_side(g_.d_key_mass, b, h, p_.heads) + key;
+          if (g_.d_key_mass) job.mass_gradient = key_side(g_.d_key_mass, b, h, p_.heads) + key;
           job.dq = dq + row * width;
           job.dk = dk;
           job.dv = dv;

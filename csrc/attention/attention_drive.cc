@@ -10,17 +10,12 @@ namespace pentad::attention {
 const Kernels& kernels() {
   switch (isa()) {
 #if defined(__x86_64__)
-    case Isa::v2:
-      return v2::attention_kernels;
-    case Isa::v3:
-      return v3::attention_kernels;
-    case Isa::v4:
-      return v4::attention_kernels;
-    default:
-      return v4x::attention_kernels;
+    case Isa::v2: return v2::attention_kernels;
+    case Isa::v3: return v3::attention_kernels;
+    case Isa::v4: return v4::attention_kernels;
+    default: return v4x::attention_kernels;
 #else
-    default:
-      return neon::attention_kernels;
+    default: return neon::attention_kernels;
 #endif
   }
 }
@@ -57,8 +52,8 @@ bool crosses_window(const Problem& p, int64_t b, int64_t first, int64_t last, in
 }  // namespace
 
 const void* q_at(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
-  const int64_t row = p.q_begin.empty() ? b * x.stride[0] + i * x.stride[2]
-                                        : (p.q_begin[b] + i) * x.stride[2];
+  const int64_t row =
+      p.q_begin.empty() ? b * x.stride[0] + i * x.stride[2] : (p.q_begin[b] + i) * x.stride[2];
   return element(x, row + h * x.stride[1]);
 }
 
@@ -100,10 +95,8 @@ double row_statistic(const Problem& p, const Operand& x, int64_t b, int64_t h, i
 void set_row_statistic(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i,
                        double value) {
   const int64_t at = row_index(p, x, b, h, i);
-  if (x.dtype == DType::f64)
-    static_cast<double*>(x.data)[at] = value;
-  else
-    static_cast<float*>(x.data)[at] = static_cast<float>(value);
+  if (x.dtype == DType::f64) static_cast<double*>(x.data)[at] = value;
+  else static_cast<float*>(x.data)[at] = static_cast<float>(value);
 }
 
 LogSum log_sum(double lse) {
@@ -124,16 +117,14 @@ Rule rule_of(const Problem& p, int64_t b, int64_t h) {
   }
   if (p.key_bias) {
     const int64_t head = p.key_bias_heads == p.heads ? h : h / p.group();
-    const int64_t first = p.k_begin.empty() ? b * p.key_bias_stride[0]
-                                            : p.k_begin[b] * p.key_bias_stride[2];
-    rule.key_bias =
-        static_cast<const float*>(p.key_bias) + first + head * p.key_bias_stride[1];
+    const int64_t first =
+        p.k_begin.empty() ? b * p.key_bias_stride[0] : p.k_begin[b] * p.key_bias_stride[2];
+    rule.key_bias = static_cast<const float*>(p.key_bias) + first + head * p.key_bias_stride[1];
     rule.key_bias_k = p.key_bias_stride[2];
   }
   if (p.alibi) {
     rule.alibi = true;
-    rule.slope =
-        static_cast<const float*>(p.alibi)[b * p.alibi_stride[0] + h * p.alibi_stride[1]];
+    rule.slope = static_cast<const float*>(p.alibi)[b * p.alibi_stride[0] + h * p.alibi_stride[1]];
   }
   if (p.sink) {
     rule.has_sink = true;
@@ -190,14 +181,10 @@ PackedKeys::PackedKeys(const Problem& problem, const Shape& shape, int forms, bo
 
 int64_t PackedKeys::tile_size(int form) const {
   switch (form) {
-    case k_lanes:
-      return shape_.units * kTile;
-    case v_lanes:
-      return shape_.value_units * kTile;
-    case k_pairs:
-      return shape_.width * shape_.key_rows;
-    default:
-      return shape_.value_width * shape_.key_rows;
+    case k_lanes: return shape_.units * kTile;
+    case v_lanes: return shape_.value_units * kTile;
+    case k_pairs: return shape_.width * shape_.key_rows;
+    default: return shape_.value_width * shape_.key_rows;
   }
 }
 
@@ -218,13 +205,11 @@ void PackedKeys::pack(int64_t b, int64_t kv_head, int64_t tile) {
     const bool is_key = form == k_lanes || form == k_pairs;
     const Operand& x = is_key ? problem_.k : problem_.v;
     for (int64_t j = 0; j < count; ++j) each[j] = k_at(problem_, x, b, kv_head, first + j);
-    const Rows rows = {nullptr,     each,  x.dtype, 0, x.stride[3], count,
-                       is_key ? problem_.dim : problem_.value_dim};
+    const Rows rows = {
+        nullptr, each, x.dtype, 0, x.stride[3], count, is_key ? problem_.dim : problem_.value_dim};
     float* out = const_cast<float*>(get(form, b, kv_head)) + tile * tile_size(form);
-    if (form == k_lanes || form == v_lanes)
-      kernels().pack_lanes(rows, shape_.bf16, out);
-    else
-      kernels().pack_pairs(rows, shape_.bf16, out);
+    if (form == k_lanes || form == v_lanes) kernels().pack_lanes(rows, shape_.bf16, out);
+    else kernels().pack_pairs(rows, shape_.bf16, out);
   }
 }
 
@@ -288,8 +273,8 @@ void spans_of(const Problem& p, const QueryBlock& block, int64_t tile_begin, int
         span.begin = spans.back().begin;
         spans.pop_back();
       }
-      span.window =
-          crosses_window(p, b, block.first, last, tile * kTile + span.begin, tile * kTile + span.end);
+      span.window = crosses_window(p, b, block.first, last, tile * kTile + span.begin,
+                                   tile * kTile + span.end);
       spans.push_back(span);
       begin = stop;
     }
@@ -302,8 +287,8 @@ void spans_of(const Problem& p, const QueryBlock& block, int64_t tile_begin, int
     const int64_t origin = mask.cols[n] * mask.k_block;
     const uint8_t* partial = nullptr;
     if (mask.kinds[n] >= 0)
-      partial = mask.partial + (mask.kinds[n] * mask.q_block + block.first - row * mask.q_block) *
-                                   mask.k_block;
+      partial = mask.partial +
+                (mask.kinds[n] * mask.q_block + block.first - row * mask.q_block) * mask.k_block;
     add(origin, origin + mask.k_block, partial, origin, mask.k_block);
   }
 }
@@ -335,14 +320,14 @@ void meetings_of(const Problem& p, int64_t b, int64_t h, int64_t tile,
   const BlockMask& mask = *p.mask;
   for (int64_t column = low / mask.k_block; column * mask.k_block < high; ++column) {
     const int64_t k_origin = column * mask.k_block;
-    const int64_t k_begin = std::max(low, k_origin), k_end = std::min(high, k_origin + mask.k_block);
+    const int64_t k_begin = std::max(low, k_origin),
+                  k_end = std::min(high, k_origin + mask.k_block);
     const int64_t* range = mask.col_ptr + mask_plane(mask, b, h) * (mask.k_blocks + 1) + column;
     for (int64_t n = range[0]; n < range[1]; ++n) {
       const int64_t q_origin = mask.rows[n] * mask.q_block;
-      const uint8_t* partial =
-          mask.row_kinds[n] < 0
-              ? nullptr
-              : mask.partial + mask.row_kinds[n] * mask.q_block * mask.k_block;
+      const uint8_t* partial = mask.row_kinds[n] < 0
+                                   ? nullptr
+                                   : mask.partial + mask.row_kinds[n] * mask.q_block * mask.k_block;
       add(q_origin, q_origin + mask.q_block, k_begin, k_end, partial, q_origin, k_origin,
           mask.k_block);
     }

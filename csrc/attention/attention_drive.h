@@ -36,10 +36,10 @@ Rule rule_of(const Problem&, int64_t b, int64_t h);
 
 // The unit sizes of one problem at this level.
 struct Shape {
-  bool bf16;  // units are pairs of bf16
-  int64_t units, value_units;   // of a row of q or k; of v
-  int64_t width, value_width;   // padded to vectors
-  int64_t key_rows;             // rows of the pairs form per tile
+  bool bf16;                   // units are pairs of bf16
+  int64_t units, value_units;  // of a row of q or k; of v
+  int64_t width, value_width;  // padded to vectors
+  int64_t key_rows;            // rows of the pairs form per tile
 
   explicit Shape(const Problem&);
 };

@@ -14,7 +14,7 @@ namespace pentad::attention {
 namespace {
 
 constexpr int64_t kMostFewRows = 16;
-constexpr int64_t kTasks = 64;    // that splitting aims at
+constexpr int64_t kTasks = 64;      // that splitting aims at
 constexpr int64_t kLeastTiles = 4;  // of a split: 256 keys
 
 // One split of one KV head: m, l [rows] and o [rows][width].
@@ -113,8 +113,7 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
 }  // namespace
 
 bool serves_few(const Problem& p) {
-  return p.max_q * p.group() <= kMostFewRows && !p.mask && p.k.stride[3] == 1 &&
-         p.v.stride[3] == 1;
+  return p.max_q * p.group() <= kMostFewRows && !p.mask && p.k.stride[3] == 1 && p.v.stride[3] == 1;
 }
 
 void forward_few(const Problem& p, const Outputs& out) {
@@ -124,8 +123,7 @@ void forward_few(const Problem& p, const Outputs& out) {
   const int64_t per_split =
       std::max(kLeastTiles, ceil_div(tiles, std::max<int64_t>(1, ceil_div(kTasks, pairs))));
   Partials partials{p.max_q * group, padded(p.value_dim, kTile), ceil_div(tiles, per_split), {}};
-  partials.data =
-      Scratch<float>(pairs * partials.splits * partials.rows * (partials.width + 2));
+  partials.data = Scratch<float>(pairs * partials.splits * partials.rows * (partials.width + 2));
   const auto merge = [&](int64_t pair) {
     const int64_t b = pair / p.kv_heads, kv_head = pair % p.kv_heads, queries = p.q_len(b);
     std::vector<float> sum(p.value_dim);

@@ -54,8 +54,7 @@ void forward_short(const Problem& p, const Outputs& out) {
     if (length == 0) return;
     PackedKeys keys(p, shape, PackedKeys::k_lanes | PackedKeys::v_pairs, true);
     keys.pack_one(b, kv_head);
-    const Scratch<float> scratch =
-        Scratch<float>(forward_scratch(p.dim, p.value_dim));
+    const Scratch<float> scratch = Scratch<float>(forward_scratch(p.dim, p.value_dim));
     std::vector<Span> spans;
     for (int64_t g = 0; g < p.group(); ++g)
       for (int64_t i = 0; i < length; i += kQueryBlock)
@@ -77,8 +76,7 @@ void key_mass(const Problem& p, const Shape& shape, const PackedKeys& keys, cons
   std::fill_n(mass, (p.k_begin.empty() ? p.batch : 1) * p.heads * total_keys, 0.0f);
   for_tasks(p, p.batch * p.heads * shares, [&](int64_t task) {
     const int64_t share = task % shares, h = task / shares % p.heads, b = task / shares / p.heads;
-    const Scratch<float> scratch =
-        Scratch<float>(forward_scratch(p.dim, p.value_dim));
+    const Scratch<float> scratch = Scratch<float>(forward_scratch(p.dim, p.value_dim));
     std::vector<Span> spans;
     auto block = std::lower_bound(blocks.begin(), blocks.end(), std::make_pair(b, h),
                                   [](const QueryBlock& x, const std::pair<int64_t, int64_t>& key) {
@@ -99,8 +97,8 @@ void key_mass(const Problem& p, const Shape& shape, const PackedKeys& keys, cons
       for (int64_t r = 0; r < block->rows; ++r)
         lse[r] = log_sum(row_statistic(p, out.lse, b, h, block->first + r));
       job.lse = lse;
-      job.mass = mass + (p.k_begin.empty() ? (b * p.heads + h) * p.max_k
-                                           : h * total_keys + p.k_begin[b]);
+      job.mass =
+          mass + (p.k_begin.empty() ? (b * p.heads + h) * p.max_k : h * total_keys + p.k_begin[b]);
       kernels().mass[shape.bf16](job);
     }
   });
@@ -121,8 +119,7 @@ void forward(const Problem& p, const Outputs& out) {
   keys.pack_all();
   const std::vector<QueryBlock> blocks = query_blocks(p, kQueryBlock);
   for_tasks(p, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
-    const Scratch<float> scratch =
-        Scratch<float>(forward_scratch(p.dim, p.value_dim));
+    const Scratch<float> scratch = Scratch<float>(forward_scratch(p.dim, p.value_dim));
     std::vector<Span> spans;
     forward_block(p, shape, keys, blocks[task], out, spans, scratch.get());
   });

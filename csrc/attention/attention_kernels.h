@@ -15,9 +15,10 @@
 
 namespace pentad::attention {
 
-constexpr int kTile = 64;       // keys per tile
-constexpr int kQueryBlock = 96;  // most queries per block: their scores, 24 KB, and K's tile fit L1/L2
-constexpr int kFewRows = 4;     // query rows that share a pass over the keys when there are few
+constexpr int kTile = 64;  // keys per tile
+constexpr int kQueryBlock =
+    96;                      // most queries per block: their scores, 24 KB, and K's tile fit L1/L2
+constexpr int kFewRows = 4;  // query rows that share a pass over the keys when there are few
 constexpr int kMaxUnits = 512;  // of a row
 
 // Row r of `count` rows: `dim` elements from base[r] or first + r * row_stride, element_stride apart.
@@ -57,8 +58,8 @@ struct Span {
 
 struct ForwardJob {
   const Rule* rule;
-  Rows q;          // the block's rows
-  int64_t first;   // position of the first in its sequence
+  Rows q;         // the block's rows
+  int64_t first;  // position of the first in its sequence
   int64_t value_dim;
   const float* k;  // lanes form
   const float* v;  // pairs form
@@ -67,7 +68,7 @@ struct ForwardJob {
   float* scratch;  // forward_scratch floats, 64-byte aligned
   void* out;       // of the block's first row
   int64_t out_row, out_element;
-  double* lse;     // [rows]
+  double* lse;  // [rows]
 };
 
 // lse in units of log2, in two floats: recomputed probabilities then err by the exponential's
@@ -98,7 +99,7 @@ struct BackwardJob {
   int64_t dim, value_dim;
   int64_t first, rows;         // queries; bf16: from an even position on, pairs
   int64_t row_begin, row_end;  // those that take part (span.partial begins at row_begin)
-  const float* q_rows;  // the block's first row, `q_step` floats to the next
+  const float* q_rows;         // the block's first row, `q_step` floats to the next
   const float* do_rows;
   int64_t q_step, do_step;
   const float* q_pairs;  // pairs form, likewise
@@ -107,14 +108,14 @@ struct BackwardJob {
   const float* k_pairs;
   const float* v_lanes;
   const Span* span;
-  const LogSum* lse;   // of the block's rows, -inf where a row sees nothing
-  const float* delta;  // likewise
-  float keep_scale;    // 1 / (1 - dropout)
+  const LogSum* lse;           // of the block's rows, -inf where a row sees nothing
+  const float* delta;          // likewise
+  float keep_scale;            // 1 / (1 - dropout)
   const float* mass_gradient;  // of the tile's first key, or null
-  float* dq;  // [rows][pad(dim)], added to
-  float* dk;  // [64][pad(dim)], of the unscaled products
-  float* dv;  // [64][pad(value_dim)]
-  float* dbias;  // (block's first query, tile's first key), added to; or null
+  float* dq;                   // [rows][pad(dim)], added to
+  float* dk;                   // [64][pad(dim)], of the unscaled products
+  float* dv;                   // [64][pad(value_dim)]
+  float* dbias;                // (block's first query, tile's first key), added to; or null
   int64_t dbias_q, dbias_k;
   float* dkey_bias;  // [64], added to; or null
   float* scratch;
@@ -123,22 +124,22 @@ struct BackwardJob {
 // A few query rows (of any heads of one KV head) against keys [begin, end) of a tile: one step of
 // the online softmax.
 struct FewJob {
-  const Rule* const* rules;     // per row
-  const int64_t* positions;     // per row: the query's position
-  int rows;                     // <= kFewRows
-  const float* q;               // rows form [rows][units]
+  const Rule* const* rules;  // per row
+  const int64_t* positions;  // per row: the query's position
+  int rows;                  // <= kFewRows
+  const float* q;            // rows form [rows][units]
   int64_t tile;
   int64_t dim, value_dim;
   DType dtype;
-  const void* const* k_rows;    // [kTile] pointers to rows of unit element stride
+  const void* const* k_rows;  // [kTile] pointers to rows of unit element stride
   const void* const* v_rows;
   int64_t begin, end;
-  bool fetch;                   // whether to prefetch the values
+  bool fetch;                      // whether to prefetch the values
   const void* const* next_k_rows;  // [next_count], to prefetch
   int64_t next_count;
-  float* m;                     // [rows], running maximum in units of log2
-  float* l;                     // [rows], running sums
-  float* o;                     // [rows][value_dim padded to 64]
+  float* m;  // [rows], running maximum in units of log2
+  float* l;  // [rows], running sums
+  float* o;  // [rows][value_dim padded to 64]
 };
 
 struct Kernels {
