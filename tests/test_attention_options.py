@@ -133,6 +133,12 @@ def test_each_option_with_other_lengths(name, sq, sk):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@dtypes
+def test_each_option_with_many_short_sequences(name, dtype):
+    check(Case(dtype, Sizes(4, 6, 2, 29, 70, 24, 16), [name]))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_in_double(name):
     check(Case(torch.float64, Sizes(2, 4, 2, 21, 40, 9, 7), [name]))
 
@@ -460,13 +466,14 @@ def test_no_sequences_at_all():
 @pytest.mark.parametrize("name", OPTIONS)
 @dtypes
 def test_the_bits_do_not_depend_on_the_threads(threads, dtype, name):
-    case = Case(dtype, Sizes(2, 4, 2, 150, 200, 24, 16), [name])
-    threads(1)
-    want = case.results()
-    for count in (2, 3):
-        threads(count)
-        for result, got in case.results().items():
-            assert torch.equal(got, want[result]), (result, count)
+    for sizes in (Sizes(2, 4, 2, 150, 200, 24, 16), Sizes(4, 4, 2, 40, 50, 16, 8)):
+        case = Case(dtype, sizes, [name])
+        threads(1)
+        want = case.results()
+        for count in (2, 3):
+            threads(count)
+            for result, got in case.results().items():
+                assert torch.equal(got, want[result]), (result, count)
 
 
 @pytest.mark.parametrize(

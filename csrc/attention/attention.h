@@ -103,6 +103,7 @@ struct Problem {
   const void* sink = nullptr;  // [Hq]
   double dropout = 0.0;
   uint64_t seed = 0;
+  int64_t first_stream = 0;  // added to b * Hq + h: of a part of a larger problem
   const BlockMask* mask = nullptr;
 
   int64_t group() const { return heads / kv_heads; }

@@ -3,7 +3,8 @@
 // all queries that meet the tile, finishes dk and dv, and adds to dq of its share in the order of
 // the keys; the shares of dq are added up at the end, in order. The number of shares follows from
 // the shape, so the bits do not depend on threads. A bias that is shared by heads or sequences gets
-// its gradient from one task after the other.
+// its gradient from one task after the other. Short sequences are whole problems of one KV head
+// each, packed and finished by one task while they are in L2.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,6 +16,11 @@ namespace {
 
 constexpr int64_t kTasks = 16;      // that sharing aims at
 constexpr int64_t kMostShares = 8;  // each costs a copy of dq in f32
+
+// What counts as short, and how many KV heads there must be to keep the threads busy.
+constexpr int64_t kShortQueries = 2 * kQueryBlock;  // of all heads of a group
+constexpr int64_t kShortKeys = 4 * kTile;
+constexpr int64_t kShortHeads = 8;
 
 // Query-side rows, per (sequence, head) padded to whole blocks of 64.
 class PackedQueries {
@@ -94,9 +100,10 @@ class PackedQueries {
 
 class Backward {
  public:
-  Backward(const Problem& p, const Gradients& g)
+  Backward(const Problem& p, const Gradients& g, int64_t most_shares)
       : p_(p),
         g_(g),
+        most_shares_(most_shares),
         shape_(p),
         keys_(p, shape_, PackedKeys::k_lanes | PackedKeys::v_lanes | PackedKeys::k_pairs),
         queries_(p, g, shape_),
@@ -109,7 +116,7 @@ class Backward {
     int64_t most_tiles = 1;
     for (int64_t b = 0; b < p_.batch; ++b) most_tiles = std::max(most_tiles, keys_.tiles(b));
     shares_ = std::clamp<int64_t>(ceil_div(kTasks, std::max<int64_t>(1, p_.batch * p_.kv_heads)), 1,
-                                  std::min(kMostShares, most_tiles));
+                                  std::min(most_shares_, most_tiles));
     dq_ = Scratch<float>(shares_ * queries_.total_rows() * shape_.width);
     zero_bias_gradients();
     keys_and_values();
@@ -295,6 +302,7 @@ class Backward {
 
   const Problem& p_;
   const Gradients& g_;
+  const int64_t most_shares_;
   const Shape shape_;
   PackedKeys keys_;
   PackedQueries queries_;
@@ -303,12 +311,80 @@ class Backward {
   Scratch<float> dq_;
 };
 
+// The part of a problem that belongs to one KV head of one sequence, as a problem of its own.
+class Part {
+ public:
+  Part(const Problem& p, const Gradients& g, int64_t b, int64_t kv_head) : problem(p) {
+    const int64_t group = p.group(), head = kv_head * group;
+    problem.batch = problem.kv_heads = 1;
+    problem.heads = group;
+    problem.max_q = p.q_len(b);
+    problem.max_k = p.k_len(b);
+    problem.q_begin.clear();
+    problem.k_begin.clear();
+    problem.first_stream = p.first_stream + b * p.heads + head;
+    const auto queries = [&](Operand& x) {
+      if (x.data) x.data = const_cast<void*>(q_at(p, x, b, head, 0));
+    };
+    const auto keys = [&](Operand& x) {
+      if (x.data) x.data = const_cast<void*>(k_at(p, x, b, kv_head, 0));
+    };
+    const auto planes = [&](Operand& x) {  // (b, h) alone
+      const int64_t first = x.stride[2];
+      x.stride[2] = 0;
+      queries(x);
+      x.stride[2] = first;
+    };
+    queries(problem.q);
+    keys(problem.k);
+    keys(problem.v);
+    planes(problem.bias);
+    if (p.key_bias) {
+      const Rule rule = rule_of(p, b, head);
+      problem.key_bias = rule.key_bias;
+      problem.key_bias_heads = p.key_bias_heads == p.heads ? group : 1;
+    }
+    if (p.alibi)
+      problem.alibi =
+          static_cast<const float*>(p.alibi) + b * p.alibi_stride[0] + head * p.alibi_stride[1];
+    if (p.sink) problem.sink = static_cast<const float*>(p.sink) + head;
+    gradients = g;
+    for (Operand* x :
+         {&gradients.out, &gradients.lse, &gradients.d_out, &gradients.d_lse, &gradients.dq})
+      queries(*x);
+    keys(gradients.dk);
+    keys(gradients.dv);
+    planes(gradients.dbias);
+    if (g.dkey_bias) {
+      const int64_t first = p.key_bias_heads == p.heads ? head : kv_head;
+      gradients.dkey_bias =
+          static_cast<float*>(g.dkey_bias) + (b * p.key_bias_heads + first) * p.max_k;
+    }
+  }
+
+  Problem problem;
+  Gradients gradients;
+};
+
+// Whether the parts of a problem are independent and small.
+bool is_short(const Problem& p, const Gradients& g) {
+  const bool own_bias =
+      !g.dbias.data || ((g.dbias.stride[0] || p.batch == 1) && (g.dbias.stride[1] || p.heads == 1));
+  return !p.mask && p.max_q * p.group() <= kShortQueries && p.max_k <= kShortKeys &&
+         p.batch * p.kv_heads >= kShortHeads && own_bias && !g.dsink && !g.d_key_mass &&
+         !(g.dkey_bias && !p.k_begin.empty());
+}
+
 }  // namespace
 
 void backward(const Problem& p, const Gradients& g) {
   if (p.q.dtype == DType::f64) return reference_backward(p, g);
   if (p.heads == 0) return;
-  Backward(p, g).run();
+  if (!is_short(p, g)) return Backward(p, g, kMostShares).run();
+  for_tasks(p, p.batch * p.kv_heads, [&](int64_t task) {
+    const Part part(p, g, task / p.kv_heads, task % p.kv_heads);
+    Backward(part.problem, part.gradients, 1).run();
+  });
 }
 
 }  // namespace pentad::attention

@@ -134,7 +134,7 @@ Rule rule_of(const Problem& p, int64_t b, int64_t h) {
                (!rule.bias || rule.bias_dtype == DType::boolean);
   rule.drop_below = static_cast<uint64_t>(p.dropout * 0x1p32);
   rule.seed = p.seed;
-  rule.stream = static_cast<uint32_t>(b * p.heads + h);
+  rule.stream = static_cast<uint32_t>(p.first_stream + b * p.heads + h);
   rule.offset = p.offset(b);
   rule.left = p.left;
   rule.right = p.right;
