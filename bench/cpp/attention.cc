@@ -7,7 +7,6 @@
 // Multiply-adds count two; causal counts half; the backward pass counts five products to the
 // forward's two.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -19,25 +18,12 @@
 #include "attention/attention_drive.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "timing.h"
 
 using namespace pentad;
 using namespace pentad::attention;
 
 namespace {
-
-template <class F>
-double median_seconds(int rounds, const F& f) {
-  f();
-  std::vector<double> seconds;
-  for (int round = 0; round < rounds; ++round) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-    seconds.push_back(taken.count());
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + rounds / 2, seconds.end());
-  return seconds[rounds / 2];
-}
 
 double peak_gflops(bool bf16) {
   constexpr int64_t kRounds = 200000;

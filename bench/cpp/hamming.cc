@@ -3,7 +3,6 @@
 //
 //   bench_hamming [--quick]
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -14,25 +13,12 @@
 #include "common/parallel.h"
 #include "common/stream_read.h"
 #include "hamming/hamming.h"
+#include "timing.h"
 
 using namespace pentad;
 using namespace pentad::hamming;
 
 namespace {
-
-template <class F>
-double median_seconds(int rounds, const F& f) {
-  f();
-  std::vector<double> seconds;
-  for (int round = 0; round < rounds; ++round) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-    seconds.push_back(taken.count());
-  }
-  std::nth_element(seconds.begin(), seconds.begin() + rounds / 2, seconds.end());
-  return seconds[rounds / 2];
-}
 
 // Brute force over the first query.
 bool first_is_right(const std::vector<uint8_t>& queries, const std::vector<uint8_t>& codes,
