@@ -505,3 +505,40 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 80_000  # KiB
+
+
+@dtypes
+@pytest.mark.parametrize("sq", [1, 90])
+def test_infinite_and_strided_sinks(dtype, sq):
+    q, k, v = (torch.randn(1, 4, n, 16, dtype=dtype) for n in (sq, 50, 50))
+    infinity = torch.tensor(math.inf)
+    out, lse = attention(q, k, v, sink=infinity.expand(4), return_lse=True)
+    assert (out == 0).all()
+    assert (lse == math.inf).all()
+    plain = attention(q, k, v, sink=(-infinity).expand(4))
+    assert torch.equal(plain, attention(q, k, v, sink=torch.full((8,), -math.inf)[::2]))
+    torch.testing.assert_close(plain, attention(q, k, v))
+
+
+@dtypes
+def test_nearly_all_dropped(dtype):
+    q = torch.randn(1, 2, 40, 16, dtype=dtype)
+    assert not attention(q, q, q, dropout_p=1 - 1e-9).isnan().any()
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [7, 16, 32, 80, 96, 111, 160])
+def test_values_of_any_width_with_few_queries(isa, dtype, dim):
+    check(Case(dtype, Sizes(1, 4, 2, 2, 150, 32, dim)))
+
+
+@dtypes
+def test_many_rows_share_many_keys(dtype):
+    check(Case(dtype, Sizes(1, 20, 1, 2, 1300, 16, 16), causal=True), gradients=False)
+
+
+def test_keys_that_no_query_sees_are_not_read():
+    q, k, v = torch.randn(1, 2, 40, 16), *torch.randn(2, 1, 2, 3000, 16)
+    out = attention(q, k, v, window=(100, 0), causal=True)
+    k[:, :, :2800] = v[:, :, :2800] = math.nan
+    assert torch.equal(out, attention(q, k, v, window=(100, 0), causal=True))

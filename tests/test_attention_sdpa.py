@@ -92,6 +92,39 @@ def test_sdpa_with_grouped_heads_is_torch_s(heads):
     same_as_torch([s[1:] for s in shapes], enable_gqa=True, is_causal=True)
 
 
+@pytest.mark.parametrize("sq", [1, 9, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sdpa_rows_of_the_lowest_number_are_torch_s(sq, dtype):
+    # As many models fill their masks: such a row is the mean of all values, not zero.
+    q, k, v = (torch.randn(1, 8, n, 24, dtype=dtype) for n in (sq, 70, 70))
+    mask = torch.zeros(sq, 70, dtype=dtype)
+    mask[:, 40:] = mask[sq // 2] = torch.finfo(dtype).min
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for function in (
+        A.scaled_dot_product_attention,
+        torch.nn.functional.scaled_dot_product_attention,
+    ):
+        out = function(*leaves, attn_mask=mask)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_sdpa_in_other_precisions_is_torch_s(dtype, batch):
+    q = torch.randn(4, 8, 33, 48, dtype=dtype)
+    k, v = torch.randn(2, batch, 2, 70, 48, dtype=dtype)
+    for options in ({}, {"attn_mask": torch.rand(33, 70) > 0.3}):
+        ours = A.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
+        wide = (x.double() for x in (q, k.expand(4, -1, -1, -1), v.expand(4, -1, -1, -1)))
+        theirs = torch.nn.functional.scaled_dot_product_attention(*wide, enable_gqa=True, **options)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours.double(), theirs, atol=tolerance, rtol=tolerance)
+
+
 def test_sdpa_dropout_drops_its_share():
     q = torch.zeros(1, 8, 64, 8)
     v = torch.eye(64).expand(1, 8, 64, 64)

@@ -34,7 +34,11 @@
 // Error budget: products of bf16 pairs are exact and summed in fp32. Where the level multiplies
 // bf16 pairs, p is rounded to bf16 (2^-9) before it meets bf16 values, and its exponential has a
 // relative error of 7.5e-5, which lse and mass show; everywhere else exponentials are right to
-// 7.5e-8 and everything is fp32. Results have the same bits for any number of threads.
+// 7.5e-8 and everything is fp32. Results have the same bits for any number of threads. delta is
+// taken from the rounded output, as flash-attention does, so where a gradient is exactly zero (a
+// row of one key) roundings of <do, o> are left. Where there is a bias, softcap or ALiBi, finite
+// scores beyond +-1e10 count as that (not in float64). A NaN beside +inf in one row gives
+// lse = +inf; o and the gradients are NaN all the same.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -93,7 +97,7 @@ struct Problem {
   int64_t left = kUnbounded, right = kUnbounded;
   bool top_left = false;
 
-  Operand bias;  // any float dtype or boolean; data null: none
+  Operand bias;  // f32, bf16, f16 or boolean, f64 beside f64; data null: none
   // float32, or double where q is f64:
   const void* key_bias = nullptr;  // (b, h or KV head, j)
   int64_t key_bias_stride[3] = {};
@@ -116,8 +120,9 @@ struct Problem {
 };
 
 // out: dtype of q, (b, h, i, value_dim). lse: f32 or f64, stride[3] unused; may have no data. The
-// backward pass recomputes p from it: an f64 lse spares p a relative error of up to 1e-6. key_mass: f32 (f64), (b, h, j), contiguous [batch][heads][max_k], or null; with packed
-// sequences [heads][total keys].
+// backward pass recomputes p from it: an f64 lse spares p a relative error of up to 1e-6. key_mass:
+// f32 (f64), (b, h, j), contiguous [batch][heads][max_k], or null; with packed sequences
+// [heads][total keys]. It needs lse.
 struct Outputs {
   Operand out, lse;
   void* key_mass = nullptr;

@@ -236,7 +236,6 @@ class Backward {
           job.span = &meeting.span;
           job.lse = queries_.lse(row);
           job.delta = queries_.delta(row);
-          job.keep_scale = static_cast<float>(1.0 / (1.0 - p_.dropout));
           if (g_.d_key_mass) job.mass_gradient = key_side(g_.d_key_mass, b, h, p_.heads) + key;
           job.dq = dq + row * width;
           job.dk = dk;
@@ -314,14 +313,14 @@ class Backward {
 // The part of a problem that belongs to one KV head of one sequence, as a problem of its own.
 class Part {
  public:
-  Part(const Problem& p, const Gradients& g, int64_t b, int64_t kv_head) : problem(p) {
+  // `dense` is p without its lists of sequences, which a part does not need.
+  Part(const Problem& p, const Problem& dense, const Gradients& g, int64_t b, int64_t kv_head)
+      : problem(dense) {
     const int64_t group = p.group(), head = kv_head * group;
     problem.batch = problem.kv_heads = 1;
     problem.heads = group;
     problem.max_q = p.q_len(b);
     problem.max_k = p.k_len(b);
-    problem.q_begin.clear();
-    problem.k_begin.clear();
     problem.first_stream = p.first_stream + b * p.heads + head;
     const auto queries = [&](Operand& x) {
       if (x.data) x.data = const_cast<void*>(q_at(p, x, b, head, 0));
@@ -381,8 +380,11 @@ void backward(const Problem& p, const Gradients& g) {
   if (p.q.dtype == DType::f64) return reference_backward(p, g);
   if (p.heads == 0) return;
   if (!is_short(p, g)) return Backward(p, g, kMostShares).run();
+  Problem dense = p;
+  dense.q_begin.clear();
+  dense.k_begin.clear();
   for_tasks(p, p.batch * p.kv_heads, [&](int64_t task) {
-    const Part part(p, g, task / p.kv_heads, task % p.kv_heads);
+    const Part part(p, dense, g, task / p.kv_heads, task % p.kv_heads);
     Backward(part.problem, part.gradients, 1).run();
   });
 }

@@ -61,8 +61,7 @@ const void* k_at(const Problem& p, const Operand& x, int64_t b, int64_t kv_head,
   int64_t at = kv_head * x.stride[1];
   if (!p.k_begin.empty()) {
     at += (p.k_begin[b] + j) * x.stride[2];
-  } else if (p.page_size) {
-    if (!p.left_pad.empty()) j += p.left_pad[b];
+  } else if (p.page_size) {  // left_pad does not go with pages
     at += p.block_table[b * p.pages_per_sequence + j / p.page_size] * x.stride[0] +
           j % p.page_size * x.stride[2];
   } else {
@@ -105,6 +104,12 @@ LogSum log_sum(double lse) {
   return {high, std::isfinite(high) ? static_cast<float>(exact - high) : 0.0f};
 }
 
+KeyRange visible_keys(const Problem& p, int64_t b) {
+  const int64_t offset = p.offset(b);
+  return {std::max<int64_t>(0, offset - p.left),
+          std::min(p.k_len(b), p.q_len(b) - 1 + offset + p.right + 1)};
+}
+
 Rule rule_of(const Problem& p, int64_t b, int64_t h) {
   Rule rule{};
   rule.scale = static_cast<float>(p.scale);
@@ -133,6 +138,7 @@ Rule rule_of(const Problem& p, int64_t b, int64_t h) {
   rule.plain = rule.softcap == 0 && !rule.alibi && !rule.key_bias && rule.scale > 1e-30f &&
                (!rule.bias || rule.bias_dtype == DType::boolean);
   rule.drop_below = static_cast<uint64_t>(p.dropout * 0x1p32);
+  rule.keep_scale = static_cast<float>(1.0 / (1.0 - p.dropout));
   rule.seed = p.seed;
   rule.stream = static_cast<uint32_t>(p.first_stream + b * p.heads + h);
   rule.offset = p.offset(b);
@@ -198,6 +204,8 @@ const float* PackedKeys::get(int form, int64_t b, int64_t kv_head) const {
 }
 
 void PackedKeys::pack(int64_t b, int64_t kv_head, int64_t tile) {
+  const KeyRange keys = visible_keys(problem_, b);
+  if ((tile + 1) * kTile <= keys.begin || tile * kTile >= keys.end) return;  // nobody will look
   const int64_t first = tile * kTile, count = std::min<int64_t>(kTile, problem_.k_len(b) - first);
   const void* each[kTile];
   for (int form = k_lanes; form <= k_pairs; form <<= 1) {

@@ -32,6 +32,12 @@ double row_statistic(const Problem&, const Operand&, int64_t b, int64_t h, int64
 void set_row_statistic(const Problem&, const Operand&, int64_t b, int64_t h, int64_t i, double x);
 LogSum log_sum(double lse);
 
+// Keys that any query of the sequence may see by its window.
+struct KeyRange {
+  int64_t begin, end;
+};
+KeyRange visible_keys(const Problem&, int64_t b);
+
 Rule rule_of(const Problem&, int64_t b, int64_t h);
 
 // The unit sizes of one problem at this level.

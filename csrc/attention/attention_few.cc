@@ -13,7 +13,9 @@
 namespace pentad::attention {
 namespace {
 
-constexpr int64_t kMostFewRows = 16;
+// Up to this many rows; more where there are few KV heads to share out and many keys.
+constexpr int64_t kFewRowsOfMany = 16, kMostFewRows = 64;
+constexpr int64_t kFewHeads = 4, kManyKeys = 1024;
 constexpr int64_t kTasks = 64;      // that splitting aims at
 constexpr int64_t kLeastTiles = 4;  // of a split: 256 keys
 
@@ -28,17 +30,6 @@ struct Partials {
   float* l(int64_t b_head, int64_t split) const { return m(b_head, split) + rows; }
   float* o(int64_t b_head, int64_t split) const { return m(b_head, split) + 2 * rows; }
 };
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Keys that any query of the sequence may see.
-Range visible(const Problem& p, int64_t b) {
-  const int64_t offset = p.offset(b);
-  return {std::max<int64_t>(0, offset - p.left),
-          std::min(p.k_len(b), p.q_len(b) - 1 + offset + p.right + 1)};
-}
 
 void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, int64_t tile_begin,
             int64_t tile_end, float* m, float* l, float* o, int64_t width) {
@@ -63,7 +54,7 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
   kernels().pack_rows({nullptr, q_each, p.q.dtype, 0, p.q.stride[3], rows, p.dim}, shape.bf16,
                       q.get());
 
-  const Range keys = visible(p, b);
+  const KeyRange keys = visible_keys(p, b);
   const void *k_rows[2][kTile], *v_rows[kTile];
   const auto find = [&](const Operand& x, int64_t tile, const void** each) {
     const int64_t end = std::min<int64_t>(kTile, keys.end - tile * kTile);
@@ -113,7 +104,9 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
 }  // namespace
 
 bool serves_few(const Problem& p) {
-  return p.max_q * p.group() <= kMostFewRows && !p.mask && p.k.stride[3] == 1 && p.v.stride[3] == 1;
+  const bool split = p.batch * p.kv_heads <= kFewHeads && p.max_k >= kManyKeys;
+  return p.max_q * p.group() <= (split ? kMostFewRows : kFewRowsOfMany) && !p.mask &&
+         p.k.stride[3] == 1 && p.v.stride[3] == 1;
 }
 
 void forward_few(const Problem& p, const Outputs& out) {
@@ -139,17 +132,20 @@ void forward_few(const Problem& p, const Outputs& out) {
         const float* o = partials.o(pair, s) + r * partials.width;
         for (int64_t d = 0; d < p.value_dim; ++d) sum[d] += o[d] * weight;
       }
-      if (l == 0.0f) std::fill(sum.begin(), sum.end(), 0.0f);  // 0 * NaN may lie there
       const int64_t h = kv_head * group + r / queries, i = r % queries;
-      const float keep = p.dropout > 0 ? static_cast<float>(1.0 / (1.0 - p.dropout)) : 1.0f;
-      kernels().write_rows(sum.data(), 0, l == 0.0f ? 0.0f : keep / l, 1, p.value_dim, p.q.dtype,
-                           const_cast<void*>(q_at(p, out.out, b, h, i)), 0, out.out.stride[3]);
+      const Rule rule = rule_of(p, b, h);
+      const bool nothing =  // an infinite sink takes all
+          l == 0.0f || (rule.has_sink && rule.sink == std::numeric_limits<float>::infinity());
+      if (nothing) std::fill(sum.begin(), sum.end(), 0.0f);  // 0 * NaN may lie there
+      kernels().write_rows(sum.data(), 0, nothing ? 0.0f : rule.keep_scale / l, 1, p.value_dim,
+                           p.q.dtype, const_cast<void*>(q_at(p, out.out, b, h, i)), 0,
+                           out.out.stride[3]);
       if (!out.lse.data) continue;
       constexpr double kInfinity = std::numeric_limits<double>::infinity();
       set_row_statistic(p, out.lse, b, h, i,
-                        l == 0.0f        ? -kInfinity
-                        : m == kInfinity ? kInfinity
-                                         : (m + std::log2(double{l})) * 0.693147180559945309417);
+                        m == kInfinity ? kInfinity
+                        : l == 0.0f    ? -kInfinity
+                                       : (m + std::log2(double{l})) * 0.693147180559945309417);
     }
   };
   for_tasks(p, pairs * partials.splits, [&](int64_t task) {

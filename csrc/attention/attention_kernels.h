@@ -42,6 +42,7 @@ struct Rule {
   bool alibi, has_sink;
   float slope, sink;
   uint64_t drop_below;  // dropout * 2^32; 0: none
+  float keep_scale;     // 1 / (1 - dropout)
   uint64_t seed;
   uint32_t stream;  // batch * Hq + head
   int64_t offset, left, right;
@@ -110,7 +111,6 @@ struct BackwardJob {
   const Span* span;
   const LogSum* lse;           // of the block's rows, -inf where a row sees nothing
   const float* delta;          // likewise
-  float keep_scale;            // 1 / (1 - dropout)
   const float* mass_gradient;  // of the tile's first key, or null
   float* dq;                   // [rows][pad(dim)], added to
   float* dk;                   // [64][pad(dim)], of the unscaled products

@@ -239,14 +239,16 @@ struct Row {
       if (std::isnan(most)) break;  // and so is every p
     }
     lse = most;
+    const double base = lse;
+    double z = 1.0;  // p = exp(s - base) / z: a huge lse would round away log z
     if (std::isfinite(most)) {
-      double z = std::exp(sink - most);
+      z = std::exp(sink - most);
       for (int64_t j = 0; j < keys; ++j)
         if (visible[j]) z += std::exp(s[j] - most);
       lse = most + std::log(z);
     }
     for (int64_t j = 0; j < keys; ++j)
-      s[j] = visible[j] && lse != -kInfinity ? std::exp(s[j] - lse) : 0.0;
+      s[j] = visible[j] && lse != -kInfinity ? std::exp(s[j] - base) / z : 0.0;
   }
 };
 

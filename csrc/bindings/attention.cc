@@ -31,6 +31,7 @@ void py_forward(const TensorView& q, const TensorView& k, const TensorView& v,
   Outputs outputs;
   outputs.out = a.rows(out, "out", false, p.value_dim, true);
   if (lse) outputs.lse = a.row_statistics(*lse, "lse", true);
+  if (key_mass && !lse) bad_value("attention", "key_mass needs lse");
   if (key_mass) outputs.key_mass = a.key_statistics(*key_mass, "key_mass", p.heads, true);
   a.writes.finish();
   forward(p, outputs);

@@ -389,6 +389,9 @@ void Arguments::expect_like(const TensorView& x, const char* name, const TensorV
 void Arguments::set_bias(const TensorView& x, bool cached) {
   Problem& p = problem;
   expect(x, op_, "bias", {DType::f32, DType::bf16, DType::f16, DType::f64, DType::boolean}, 4);
+  if (x.dtype == DType::f64 && problem.q.dtype != DType::f64)
+    throw TypeMismatch("[" + std::string(op_) +
+                       "] bias has dtype float64, which goes with float64 arrays alone");
   if (packed) bad_value(op_, "bias does not go with cu_seqlens");
   const int64_t full[] = {p.batch, p.heads, p.max_q, p.max_k};
   p.bias = {x.data, x.dtype, {}};

@@ -50,6 +50,10 @@ ScratchBytes::ScratchBytes(size_t bytes) {
 
 ScratchBytes::~ScratchBytes() {
   if (!data_) return;
+  if (bytes_ > kMostKept) {
+    std::free(data_);
+    return;
+  }
   // What was used last is kept; what lay longest makes room.
   size_t drop = 0;
   while (drop < kept.blocks.size() && kept.bytes + bytes_ > kMostKept) {
@@ -57,10 +61,6 @@ ScratchBytes::~ScratchBytes() {
     std::free(kept.blocks[drop++].data);
   }
   kept.blocks.erase(kept.blocks.begin(), kept.blocks.begin() + static_cast<ptrdiff_t>(drop));
-  if (bytes_ > kMostKept) {
-    std::free(data_);
-    return;
-  }
   try {
     kept.blocks.push_back({data_, bytes_});
     kept.bytes += bytes_;

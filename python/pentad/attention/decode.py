@@ -12,7 +12,7 @@ from pentad.attention.functional import (
     check_operands,
     check_shape,
     check_sizes,
-    number,
+    scale_of,
     sink_of,
     slopes_of,
     softcap_of,
@@ -161,7 +161,7 @@ def decode(
         raise ValueError(f"[{op}] causal is {causal!r}, expected False or True")
     left, right, _ = span(op, causal, window)
     if scale is not None:
-        scale = number(op, "scale", scale)
+        scale = scale_of(op, scale)
     softcap = softcap_of(op, softcap)
     if alibi_slopes is not None:
         alibi_slopes = slopes_of(op, alibi_slopes, q, b, hq)

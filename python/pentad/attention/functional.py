@@ -17,6 +17,7 @@ from pentad.attention.block_mask import BlockMask
 MAX_DIM = 512
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNBOUNDED = 1 << 40
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -136,10 +137,19 @@ def number(op, name, value):
     return float(value)
 
 
+def scale_of(op, scale):
+    scale = number(op, "scale", scale)
+    if not -_LARGEST <= scale <= _LARGEST:
+        raise ValueError(f"[{op}] scale is not finite: {scale}, expected a finite float32")
+    return scale
+
+
 def softcap_of(op, softcap):
     softcap = number(op, "softcap", softcap)
-    if not softcap >= 0.0:
-        raise ValueError(f"[{op}] softcap is {softcap}, expected 0 (none) or more")
+    if softcap != 0.0 and not 1 / _LARGEST <= softcap <= _LARGEST:
+        raise ValueError(
+            f"[{op}] softcap is {softcap}, expected 0 (none) or more, a finite float32"
+        )
     return softcap
 
 
@@ -179,7 +189,7 @@ def sink_of(op, sink, q, hq):
     check_float(op, "sink", sink)
     check_device(op, "sink", sink, q)
     check_shape(op, "sink", sink, (hq,))
-    return sink.to(accumulator(q.dtype))
+    return sink.to(accumulator(q.dtype)).contiguous()
 
 
 def _name(dtype):
@@ -308,7 +318,7 @@ def attention(
     check_operands(op, q, k, v, packed)
     left, right, top_left = span(op, causal, window)
     if scale is not None:
-        scale = number(op, "scale", scale)
+        scale = scale_of(op, scale)
     if packed:
         (total_q, hq, d), (sk, hk, dk), (sv, hv, dv) = q.shape, k.shape, v.shape
         check_packed(op, q, cu_seqlens_q, cu_seqlens_k, bias, block_mask)

@@ -100,7 +100,10 @@ def _attention(
         every = torch.cat([s, sink[:, None, None].expand(b, hq, sq, 1).to(s.dtype)], -1)
     blind = (every == -math.inf).all(-1)  # the gradient of logsumexp is nan there
     lse = every.masked_fill(blind[..., None], 0).logsumexp(-1).masked_fill(blind, -math.inf)
-    p = (s - lse.masked_fill(blind, 0)[..., None]).exp().masked_fill(~mask, 0)
+    lowest = torch.nn.functional.pad(every.detach(), (0, 1), value=-math.inf)  # never empty
+    top = lowest.amax(-1, keepdim=True).masked_fill(blind[..., None], 0)
+    z = (every - top).exp().sum(-1, keepdim=True).masked_fill(blind[..., None], 1)
+    p = ((s - top).exp() / z).masked_fill(~mask, 0)
     mass = p.sum(2)
     if keep is not None:
         p = p * keep.to(p.dtype) / (1 - dropout_p)

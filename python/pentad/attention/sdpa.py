@@ -68,7 +68,8 @@ def scaled_dot_product_attention(
     causal = "top_left" if is_causal else False
 
     leads = [tuple(t.shape[:-2]) for t in (query, key, value)]
-    if len(leads[0]) == 2 and (enable_gqa or leads[0] == leads[1]) and leads[1] == leads[2]:
+    same = leads[0][:1] == leads[1][:1] if enable_gqa else leads[0] == leads[1]
+    if len(leads[0]) == 2 and same and leads[1] == leads[2]:
         return attention(
             query, key, value, causal=causal, bias=attn_mask, dropout_p=dropout_p, scale=scale
         )
