@@ -34,7 +34,7 @@ double peak_gflops(bool bf16) {
         std::min(best, median_seconds(3, [&] {
                    parallel_for(threads, [&](int64_t) { kernels().multiply_adds(kRounds, bf16); });
                  }));
-  const double per_round = 16.0 * kernels().lanes * 2 * (bf16 ? 2 : 1);
+  const double per_round = kPeakSums * 2.0 * kernels().lanes * (bf16 ? 2 : 1);
   return threads * kRounds * per_round / best / 1e9;
 }
 

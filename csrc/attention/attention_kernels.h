@@ -19,6 +19,7 @@ constexpr int kTile = 64;  // keys per tile
 constexpr int kQueryBlock =
     96;                      // most queries per block: their scores, 24 KB, and K's tile fit L1/L2
 constexpr int kFewRows = 4;  // query rows that share a pass over the keys when there are few
+constexpr int kPeakSums = 12;   // enough to hide latency, few enough for 16 registers
 constexpr int kMaxUnits = 512;  // of a row
 
 // Row r of `count` rows: `dim` elements from base[r] or first + r * row_stride, element_stride apart.
@@ -158,7 +159,7 @@ struct Kernels {
   void (*mass[2])(const MassJob&);
   void (*backward[2])(const BackwardJob&);
   void (*few[2])(const FewJob&);
-  // `rounds` of 16 independent multiply-adds of full vectors: the peak, for benchmarks.
+  // `rounds` of kPeakSums independent multiply-adds of full vectors: the peak, for benchmarks.
   void (*multiply_adds)(int64_t rounds, bool bf16);
 };
 

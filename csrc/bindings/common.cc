@@ -60,7 +60,7 @@ void bind_common(py::module_& m) {
         return stream_read(static_cast<const uint8_t*>(data.data), data.shape[0]);
       },
       py::call_guard<py::gil_scoped_release>());
-  // `rounds` of 16 multiply-adds of full vectors on every thread, of bf16 pairs if asked and the
+  // `rounds` of 12 multiply-adds of full vectors on every thread, of bf16 pairs if asked and the
   // level has them; the operations done, two per multiply-add: for the peak in benchmarks.
   m.def(
       "multiply_adds",
@@ -70,7 +70,7 @@ void bind_common(py::module_& m) {
         const bool pairs = bf16 && kernels.dot_bf16;
         const int64_t threads = num_threads();
         parallel_for(threads, [&](int64_t) { kernels.multiply_adds(rounds, pairs); });
-        return threads * rounds * 16 * kernels.lanes * (pairs ? 4 : 2);
+        return threads * rounds * attention::kPeakSums * kernels.lanes * (pairs ? 4 : 2);
       },
       py::call_guard<py::gil_scoped_release>());
 }
