@@ -1,19 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cstring>
 
-#include "attention/attention.h"
-#include "common/parallel.h"
+#include "attention/attention_drive.h"
 
 namespace pentad::attention {
 namespace {
-
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    default: return 2;
-  }
-}
 
 void copy_row(const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t size,
               int64_t n) {
@@ -30,20 +21,11 @@ void copy_row(const char* from, int64_t from_stride, char* to, int64_t to_stride
 void append(const Problem& p, const std::vector<int64_t>& cache_length, const Operand& k_new,
             const Operand& v_new, int64_t new_tokens) {
   const auto copy = [&](const Operand& from, const Operand& to, int64_t dim, int64_t b, int64_t h) {
-    const int64_t size = element_size(to.dtype);
-    for (int64_t t = 0; t < new_tokens; ++t) {
-      int64_t position = cache_length[b] + t, row = p.cache_row.empty() ? b : p.cache_row[b];
-      if (p.page_size) {
-        row = p.block_table[b * p.pages_per_sequence + position / p.page_size];
-        position %= p.page_size;
-      } else if (!p.left_pad.empty()) {
-        position += p.left_pad[b];
-      }
-      const int64_t source = b * from.stride[0] + h * from.stride[1] + t * from.stride[2];
-      const int64_t target = row * to.stride[0] + h * to.stride[1] + position * to.stride[2];
-      copy_row(static_cast<const char*>(from.data) + source * size, from.stride[3],
-               static_cast<char*>(to.data) + target * size, to.stride[3], size, dim);
-    }
+    const int64_t size = size_of(to.dtype);
+    for (int64_t t = 0; t < new_tokens; ++t)
+      copy_row(static_cast<const char*>(q_at(p, from, b, h, t)), from.stride[3],
+               static_cast<char*>(const_cast<void*>(k_at(p, to, b, h, cache_length[b] + t))),
+               to.stride[3], size, dim);
   };
   const auto task = [&](int64_t n) {
     copy(k_new, p.k, p.dim, n / p.kv_heads, n % p.kv_heads);

@@ -29,12 +29,14 @@ void for_tasks(const Problem& p, int64_t tasks, const std::function<void(int64_t
 
 namespace {
 
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::boolean ? 1 : 2;
+const void* element(const Operand& x, int64_t index) {
+  return static_cast<const char*>(x.data) + index * size_of(x.dtype);
 }
 
-const void* element(const Operand& x, int64_t index) {
-  return static_cast<const char*>(x.data) + index * bytes_of(x.dtype);
+// Of the element (b, h, i, 0) of a query-side operand.
+int64_t row_index(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
+  const int64_t first = p.q_begin.empty() ? b * x.stride[0] : p.q_begin[b] * x.stride[2];
+  return first + h * x.stride[1] + i * x.stride[2];
 }
 
 // A mask's lists for one (batch, head): the same entry for all where it has only one.
@@ -52,9 +54,7 @@ bool crosses_window(const Problem& p, int64_t b, int64_t first, int64_t last, in
 }  // namespace
 
 const void* q_at(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
-  const int64_t row =
-      p.q_begin.empty() ? b * x.stride[0] + i * x.stride[2] : (p.q_begin[b] + i) * x.stride[2];
-  return element(x, row + h * x.stride[1]);
+  return element(x, row_index(p, x, b, h, i));
 }
 
 const void* k_at(const Problem& p, const Operand& x, int64_t b, int64_t kv_head, int64_t j) {
@@ -76,15 +76,6 @@ Rows q_rows(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t fi
   return {q_at(p, x, b, h, first), nullptr, x.dtype, x.stride[2], x.stride[3], count, dim};
 }
 
-namespace {
-
-int64_t row_index(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
-  const int64_t first = p.q_begin.empty() ? b * x.stride[0] : p.q_begin[b] * x.stride[2];
-  return first + h * x.stride[1] + i * x.stride[2];
-}
-
-}  // namespace
-
 double row_statistic(const Problem& p, const Operand& x, int64_t b, int64_t h, int64_t i) {
   const int64_t at = row_index(p, x, b, h, i);
   return x.dtype == DType::f64 ? static_cast<const double*>(x.data)[at]
@@ -99,7 +90,7 @@ void set_row_statistic(const Problem& p, const Operand& x, int64_t b, int64_t h,
 }
 
 LogSum log_sum(double lse) {
-  const double exact = lse * 1.44269504088896340736;
+  const double exact = lse * kLog2e;
   const float high = static_cast<float>(exact);
   return {high, std::isfinite(high) ? static_cast<float>(exact - high) : 0.0f};
 }

@@ -8,6 +8,7 @@
 
 #include "attention/attention.h"
 #include "attention/attention_kernels.h"
+#include "common/ceil_div.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
@@ -18,8 +19,6 @@ const Kernels& kernels();  // of the level in use
 // parallel_for, or a plain loop where the whole problem is a few microseconds' work and waking
 // threads would cost more.
 void for_tasks(const Problem&, int64_t tasks, const std::function<void(int64_t)>& task);
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The element (b, h, row, 0) of a query-side or a key-side operand.
 const void* q_at(const Problem&, const Operand&, int64_t b, int64_t h, int64_t i);

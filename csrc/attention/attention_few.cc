@@ -34,7 +34,7 @@ struct Partials {
 void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, int64_t tile_begin,
             int64_t tile_end, float* m, float* l, float* o, int64_t width) {
   const int64_t group = p.group(), queries = p.q_len(b), rows = group * queries;
-  const int64_t element = p.q.dtype == DType::f32 ? 4 : 2;
+  const int64_t element = size_of(p.q.dtype);
   std::vector<Rule> rules(group);
   for (int64_t g = 0; g < group; ++g) rules[g] = rule_of(p, b, kv_head * group + g);
   const void* q_each[kMostFewRows];
@@ -46,7 +46,8 @@ void attend(const Problem& p, const Shape& shape, int64_t b, int64_t kv_head, in
     positions[r] = r % queries;
     // The sink is a key without a value that the first split saw.
     const bool sink = rule_each[r]->has_sink && tile_begin == 0;
-    m[r] = sink ? rule_each[r]->sink * 1.44269504f : -std::numeric_limits<float>::infinity();
+    m[r] = sink ? rule_each[r]->sink * static_cast<float>(kLog2e)
+                : -std::numeric_limits<float>::infinity();
     l[r] = sink && m[r] != -std::numeric_limits<float>::infinity() ? 1.0f : 0.0f;
   }
   std::fill_n(o, rows * width, 0.0f);
@@ -145,7 +146,7 @@ void forward_few(const Problem& p, const Outputs& out) {
       set_row_statistic(p, out.lse, b, h, i,
                         m == kInfinity ? kInfinity
                         : l == 0.0f    ? -kInfinity
-                                       : (m + std::log2(double{l})) * 0.693147180559945309417);
+                                       : (m + std::log2(double{l})) * kLn2);
     }
   };
   for_tasks(p, pairs * partials.splits, [&](int64_t task) {

@@ -19,6 +19,8 @@ constexpr int kTile = 64;  // keys per tile
 constexpr int kQueryBlock =
     96;                      // most queries per block: their scores, 24 KB, and K's tile fit L1/L2
 constexpr int kFewRows = 4;  // query rows that share a pass over the keys when there are few
+// Scores are kept in units of log2.
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.693147180559945309417;
 constexpr int kPeakSums = 12;   // enough to hide latency, few enough for 16 registers
 constexpr int kMaxUnits = 512;  // of a row
 

@@ -7,21 +7,6 @@
 namespace pentad {
 namespace {
 
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-    case DType::i64:
-    case DType::u64: return 8;
-    case DType::f32:
-    case DType::i32:
-    case DType::u32: return 4;
-    case DType::u8:
-    case DType::i8:
-    case DType::boolean: return 1;
-    default: return 2;
-  }
-}
-
 // Whether no two elements share an address: each dimension steps over all that the smaller steps
 // reach. (There are other layouts without overlap; nobody asks for them.)
 bool is_injective(const TensorView& view) {
@@ -47,7 +32,7 @@ int64_t count(const TensorView& view) {
 }
 
 Writes::Extent Writes::extent(const char* name, const TensorView& view) {
-  const int64_t elements = count(view), size = element_size(view.dtype);
+  const int64_t elements = count(view), size = size_of(view.dtype);
   if (!elements) return {name, 0, 0, false};
   uintptr_t begin = reinterpret_cast<uintptr_t>(view.data), end = begin + size;
   for (int i = 0; i < view.rank; ++i)

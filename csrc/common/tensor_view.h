@@ -7,6 +7,23 @@ namespace pentad {
 
 enum class DType : uint8_t { u8, i8, u16, i16, u32, i32, u64, i64, f16, bf16, f32, f64, boolean };
 
+// Bytes of one element.
+static constexpr int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::u8:
+    case DType::i8:
+    case DType::boolean: return 1;
+    case DType::u16:
+    case DType::i16:
+    case DType::f16:
+    case DType::bf16: return 2;
+    case DType::u32:
+    case DType::i32:
+    case DType::f32: return 4;
+    default: return 8;
+  }
+}
+
 // Strides count elements, not bytes, and may be zero or negative.
 struct TensorView {
   static constexpr int kMaxRank = 8;

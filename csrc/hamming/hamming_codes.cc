@@ -46,16 +46,6 @@ void from_blocks(const Blocks& blocks, const int64_t* positions, int64_t count,
 
 namespace {
 
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
-    case DType::f16:
-    case DType::bf16: return 2;
-    default: return 1;
-  }
-}
-
 // Rows per task so that a task moves about 64 K elements.
 int64_t rows_per_task(int64_t dim) {
   return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, dim));
@@ -64,7 +54,7 @@ int64_t rows_per_task(int64_t dim) {
 }  // namespace
 
 bool pack(const Rows& x, double threshold, uint8_t* codes) {
-  const int64_t bytes = (x.dim + 7) / 8, size = element_size(x.dtype), step = rows_per_task(x.dim);
+  const int64_t bytes = (x.dim + 7) / 8, size = size_of(x.dtype), step = rows_per_task(x.dim);
   std::atomic<bool> clean{true};
   parallel_for(ceil_div(x.rows, step), [&](int64_t task) {
     for (int64_t i = task * step; i < std::min(x.rows, (task + 1) * step); ++i) {
@@ -80,7 +70,7 @@ bool pack(const Rows& x, double threshold, uint8_t* codes) {
 }
 
 void unpack(const Rows& codes, int64_t dim, DType dtype, void* out) {
-  const int64_t step = rows_per_task(dim), size = element_size(dtype);
+  const int64_t step = rows_per_task(dim), size = size_of(dtype);
   parallel_for(ceil_div(codes.rows, step), [&](int64_t task) {
     for (int64_t i = task * step; i < std::min(codes.rows, (task + 1) * step); ++i)
       kernels().unpack(static_cast<const uint8_t*>(codes.data) + codes.offsets[i], codes.stride,

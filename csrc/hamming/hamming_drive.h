@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/aligned.h"
+#include "common/ceil_div.h"
 #include "common/parallel.h"
 #include "hamming/hamming.h"
 #include "hamming/hamming_kernels.h"
@@ -17,8 +18,6 @@ constexpr int64_t kSerialWork = 1 << 18;    // bytes compared below which thread
 
 // The table of the level in use.
 const Kernels& kernels();
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t words_of(const Database& database) {
   return database.blocks.data ? database.blocks.words : words_for(database.codes.cols);
