@@ -4,6 +4,8 @@
 
 namespace pentad::v2 {
 #include "common/simd.inc"
+#include "common/convert.inc"
+#include "common/functions.inc"
 #include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
 }  // namespace pentad::v2

@@ -4,6 +4,8 @@
 
 namespace pentad::v4x {
 #include "common/simd.inc"
+#include "common/convert.inc"
+#include "common/functions.inc"
 #include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
 }  // namespace pentad::v4x
