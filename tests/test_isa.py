@@ -229,7 +229,7 @@ def registers():
         if line.endswith(">:"):
             name = line.split("<", 1)[1]
             kernel = re.match(
-                r"(?:\w+ )?pentad::(v\w+)::(?:\(anonymous namespace\)|attention_simd)::(\w+)", name
+                r"(?:\w+ )?pentad::(v\w+)::(?:(?:\(anonymous namespace\)|\w+_simd)::)?(\w+)", name
             )
             owner = kernel.groups() if kernel else (None, name)
         elif owner:
