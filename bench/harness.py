@@ -66,11 +66,15 @@ class Contender:
         inputs -> call. Not timed. ImportError means that the contender is missing here.
     check
         (inputs, result of the call) -> None, raising AssertionError where the result is wrong.
+    once
+        For peers that take a large part of a minute: the call whose answer is checked is the one
+        that is timed, and takes no part in the rounds.
     """
 
     name: str
     prepare: Callable[[Inputs], Call]
     check: Callable[[Inputs, Any], None]
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,21 +117,25 @@ class Case:
 
 
 @dataclass
-class Outcome:
-    """What became of one contender: status is "ok", "missing", "wrong" or "error"."""
-
-    name: str
-    status: str = "ok"
-    detail: str = ""
-    call: Call | None = None
-
-
-@dataclass
 class Round:
     """Seconds of every contender that took its turn, and the cores that other processes used."""
 
     seconds: dict[str, float]
     foreign_cores: float
+
+
+@dataclass
+class Outcome:
+    """What became of one contender: status is "ok", "missing", "wrong" or "error".
+
+    An "ok" contender has a call that takes part in the rounds, or the only round that it had.
+    """
+
+    name: str
+    status: str = "ok"
+    detail: str = ""
+    call: Call | None = None
+    only: Round | None = None
 
 
 def use_threads(count: int) -> None:
@@ -148,7 +156,11 @@ def admit(contender: Contender, inputs: Inputs) -> Outcome:
     outcome = Outcome(contender.name)
     try:
         call = contender.prepare(inputs)
-        contender.check(inputs, call())
+        start, foreign_before = time.perf_counter(), foreign_cpu_seconds()
+        result = call()
+        seconds = time.perf_counter() - start
+        foreign = max(foreign_cpu_seconds() - foreign_before, 0.0) / max(seconds, 1e-9)
+        contender.check(inputs, result)
     except ImportError as error:
         outcome.status, outcome.detail = "missing", str(error)
     except AssertionError as error:
@@ -156,7 +168,10 @@ def admit(contender: Contender, inputs: Inputs) -> Outcome:
     except Exception as error:
         outcome.status, outcome.detail = "error", f"{type(error).__name__}: {error}"
     else:
-        outcome.call = call
+        if contender.once:
+            outcome.only = Round({contender.name: seconds}, foreign)
+        else:
+            outcome.call = call
     return outcome
 
 
@@ -208,7 +223,7 @@ def interleave(
     Each round starts with the next contender. One that has used up `budget` seconds sits out the
     rest, so that a slow peer does not cost minutes; a disturbed round is charged in part.
     """
-    ready = [outcome for outcome in outcomes if outcome.status == "ok"]
+    ready = [outcome for outcome in outcomes if outcome.call is not None]
     spent = dict.fromkeys((outcome.name for outcome in ready), 0.0)
     done: list[Round] = []
     while len(done) < attempts and sum(r.foreign_cores <= QUIET_CORES for r in done) < rounds:
@@ -253,7 +268,7 @@ def summarise(
     record: dict[str, Any] = {"name": outcome.name, "status": outcome.status}
     if outcome.detail:
         record["detail"] = outcome.detail
-    kept = quietest(done, count, outcome.name)
+    kept = [outcome.only] if outcome.only else quietest(done, count, outcome.name)
     if not kept:
         return record
     seconds = [entry.seconds[outcome.name] for entry in kept]
@@ -266,7 +281,10 @@ def summarise(
         "spread": (max(seconds) - min(seconds)) / median,
         "per_second": {unit: amount / median for unit, amount in work.items()},
     }
-    if outcome is not subject:
+    if outcome.only:
+        ours = [entry.seconds[subject.name] for entry in quietest(done, count, subject.name)]
+        record["ratio"] = median / statistics.median(ours) if ours else None
+    elif outcome is not subject:
         record["ratio"] = pairwise_ratio(done, count, subject.name, outcome.name)
     return record
 

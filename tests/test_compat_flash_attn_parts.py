@@ -215,8 +215,9 @@ def test_install():
     run_python("""
         import sys
         import pentad.compat
-        assert pentad.compat.install() == ["flash_attn"]
-        assert pentad.compat.install() == ["flash_attn"]
+        names = ["flash_attn", "mamba_ssm", "causal_conv1d"]
+        assert pentad.compat.install() == names
+        assert pentad.compat.install() == names
         import flash_attn
         from flash_attn import flash_attn_func
         from flash_attn.bert_padding import (
@@ -235,7 +236,8 @@ def test_install():
 
 
 def test_install_leaves_a_present_package_alone(tmp_path):
-    (tmp_path / "flash_attn.py").write_text("real = True\n")
+    for name in ("flash_attn", "mamba_ssm", "causal_conv1d"):
+        (tmp_path / f"{name}.py").write_text("real = True\n")
     run_python(f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})

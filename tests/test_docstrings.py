@@ -13,7 +13,7 @@ import pentad
 
 FAMILIES = ["pentad.hamming"]
 if importlib.util.find_spec("torch"):
-    FAMILIES += ["pentad.attention", "pentad.nn"]
+    FAMILIES += ["pentad.attention", "pentad.nn", "pentad.scan"]
 
 
 def modules():

@@ -5,6 +5,7 @@ namespace pentad {
 void bind_common(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_hamming(pybind11::module_& m);
+void bind_scan(pybind11::module_& m);
 }  // namespace pentad
 
 PYBIND11_MODULE(_C, m) {
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
   pentad::bind_common(m);
   pentad::bind_attention(m);
   pentad::bind_hamming(m);
+  pentad::bind_scan(m);
 }

@@ -8,4 +8,5 @@ namespace pentad::neon {
 #include "common/functions.inc"
 #include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
+#include "scan/scan_simd.inc"
 }  // namespace pentad::neon

@@ -8,4 +8,5 @@ namespace pentad::v4x {
 #include "common/functions.inc"
 #include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
+#include "scan/scan_simd.inc"
 }  // namespace pentad::v4x

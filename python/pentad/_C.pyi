@@ -7,6 +7,7 @@ Array: TypeAlias = Any
 __version__: str
 hamming_block_rows: int
 hamming_max_bytes: int
+scan_chunk: int
 
 class DeviceError(RuntimeError): ...
 
@@ -137,6 +138,122 @@ def hamming_score_candidates(
 ) -> None: ...
 def hamming_dot_candidates(
     x: Array, vectors: Array, scale: Array | None, candidates: Array, out: Array
+) -> None: ...
+def selective_scan_forward(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    z: Array | None,
+    delta_bias: Array | None,
+    initial: Array | None,
+    cu_seqlens: Array | None,
+    softplus: bool,
+    reverse: bool,
+    complex: bool,
+    out: Array,
+    last: Array | None,
+    stored: Array | None,
+) -> None: ...
+def selective_scan_backward(
+    d_out: Array | None,
+    d_last: Array | None,
+    stored: Array | None,
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    z: Array | None,
+    delta_bias: Array | None,
+    initial: Array | None,
+    cu_seqlens: Array | None,
+    softplus: bool,
+    reverse: bool,
+    complex: bool,
+    du: Array,
+    ddelta: Array | None,
+    dA: Array | None,
+    dB: Array | None,
+    dC: Array | None,
+    dD: Array | None,
+    dz: Array | None,
+    ddelta_bias: Array | None,
+    dinitial: Array | None,
+) -> None: ...
+def selective_state_update(
+    state: Array,
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    z: Array | None,
+    dt_bias: Array | None,
+    softplus: bool,
+    rows: Array | None,
+    out: Array,
+) -> None: ...
+def recurrence_forward(
+    a: Array,
+    x: Array,
+    h0: Array | None,
+    h: Array,
+    log_space: bool,
+    reverse: bool,
+    complex: bool,
+) -> None: ...
+def recurrence_backward(
+    a: Array,
+    h0: Array | None,
+    h: Array,
+    dh: Array,
+    da: Array | None,
+    dx: Array | None,
+    dh0: Array | None,
+    log_space: bool,
+    reverse: bool,
+    complex: bool,
+) -> None: ...
+def causal_conv_forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    initial: Array | None,
+    seq_idx: Array | None,
+    cu_seqlens: Array | None,
+    silu: bool,
+    out: Array,
+    final: Array | None,
+) -> None: ...
+def causal_conv_backward(
+    d_out: Array,
+    d_final: Array | None,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    initial: Array | None,
+    seq_idx: Array | None,
+    cu_seqlens: Array | None,
+    silu: bool,
+    dx: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+    dinitial: Array | None,
+) -> None: ...
+def causal_conv_update(
+    x: Array,
+    state: Array,
+    weight: Array,
+    bias: Array | None,
+    silu: bool,
+    rows: Array | None,
+    positions: Array | None,
+    out: Array,
 ) -> None: ...
 
 class HammingRange:

@@ -11,14 +11,17 @@ import pkgutil
 import sys
 
 # The name of a peer: the package that stands in for it.
-_STAND_INS = {"flash_attn": "pentad.compat.flash_attn"}
+_STAND_INS = {
+    name: f"pentad.compat.{name}" for name in ("flash_attn", "mamba_ssm", "causal_conv1d")
+}
 
 
 def install() -> list[str]:
     """Register the stand-ins in ``sys.modules`` under the names of packages that are absent.
 
     A package that is installed, or already imported, stays as it is. A further call changes
-    nothing.
+    nothing. Call it before the programs that use them are imported: transformers, for one, looks
+    for mamba_ssm and causal_conv1d once, when a model's module is loaded.
 
     Returns
     -------
@@ -29,7 +32,7 @@ def install() -> list[str]:
     --------
     >>> import pentad.compat
     >>> pentad.compat.install()  # doctest: +SKIP
-    ['flash_attn']
+    ['flash_attn', 'mamba_ssm', 'causal_conv1d']
     >>> from flash_attn import flash_attn_func  # doctest: +SKIP
     """
     names = []

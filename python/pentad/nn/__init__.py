@@ -3,5 +3,6 @@
 
 from pentad.attention.modules import Attention
 from pentad.hamming.modules import Binarize, BinaryMemory
+from pentad.scan.modules import Mamba
 
-__all__ = ["Attention", "Binarize", "BinaryMemory"]
+__all__ = ["Attention", "Binarize", "BinaryMemory", "Mamba"]

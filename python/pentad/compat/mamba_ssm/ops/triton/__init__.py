@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions that mamba_ssm wrote in Triton; here they are native."""
