@@ -338,10 +338,9 @@ def attention(
         and not dropout_p
         and not return_lse
         and not return_key_mass
-        and not (
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        )
     ):
+        if autograd.needs_grad(q, k, v):
+            return autograd.attention(q, k, v, (scale, left, right, top_left))[0]
         return autograd.plain(q, k, v, scale, left, right, top_left)
 
     softcap = softcap_of(op, softcap)
@@ -374,9 +373,14 @@ def attention(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device="cpu")
 
     out, lse, mass = autograd.attention(
-        q, k, v, bias, key_bias, sink, alibi_slopes, cu_seqlens_q, cu_seqlens_k, mask, seed,
-        scale, softcap, left, right, top_left, dropout_p, q_block, k_block, bool(return_key_mass),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        (scale, left, right, top_left),
+        bool(return_key_mass),
+        (bias, key_bias, sink, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed, mask),
+        (softcap, dropout_p, q_block, k_block),
+    )
     if return_lse:
         lse = lse.to(accumulator(q.dtype))
         return (out, lse, mass) if return_key_mass else (out, lse)
