@@ -16,12 +16,12 @@ def accumulator(dtype):
 
 def empty_out(q, value_dim, packed):
     """The output, laid out as (B, S, H, D) where q has its heads inside its tokens in memory."""
+    if value_dim == q.shape[-1] and q.is_contiguous():  # for half the price of what follows
+        return torch.empty_like(q)
     if packed:
         s, h, _ = q.shape
         return q.new_empty_strided((s, h, value_dim), (h * value_dim, value_dim, 1))
-    b, h, s, d = q.shape
-    if d == value_dim and q.is_contiguous():  # for less than the general way below
-        return torch.empty_like(q)
+    b, h, s, _ = q.shape
     token, head = value_dim, s * value_dim
     if not q.is_contiguous() and q.stride(2) > q.stride(1):
         token, head = h * value_dim, value_dim
@@ -30,8 +30,11 @@ def empty_out(q, value_dim, packed):
 
 def empty_lse(q, packed):
     """float64 whatever `q` is: the gradient recomputes the probabilities from it."""
-    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    return q.new_empty(shape, dtype=torch.float64)
+    if packed:
+        s, h, _ = q.shape
+        return q.new_empty(h, s, dtype=torch.float64)
+    b, h, s, _ = q.shape
+    return q.new_empty(b, h, s, dtype=torch.float64)
 
 
 def empty_forward(q, k, v, packed, key_mass):

@@ -77,42 +77,43 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(settings, q, k, v, *options):
-        plain, key_mass, rest = settings
-        return forward(q, k, v, *plain, key_mass, *options, *rest)
+    def forward(*inputs):
+        (settings, more), q, k, v, *options = inputs
+        return forward(q, k, v, *settings, *options, *more)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        settings, q, k, v, *options = inputs
+        ctx.settings, q, k, v, *options = inputs
         out, lse, _ = output
         if options:
             options[_LISTS:] = options[_LISTS] or ()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *options)
-        ctx.settings = settings
 
     @staticmethod
     def backward(ctx, d_out, d_lse, d_key_mass):
         q, k, v, out, lse, *options = ctx.saved_tensors
         if options:
             options[_LISTS:] = [options[_LISTS:] or None]
-        plain, key_mass, rest = ctx.settings
-        wanted = ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE]
-        if not key_mass:  # a compiled graph hands down zeros
+        settings, more = ctx.settings
+        wants = ctx.needs_input_grad
+        wanted = wants[1 : 1 + _DIFFERENTIABLE]
+        if settings[4:] != (True,):  # a compiled graph hands down zeros
             d_key_mass = None
+        if d_out is None:
+            d_out = out.new_zeros(()).expand(out.shape)
         grads = backward(
-            out.new_zeros(()).expand(out.shape) if d_out is None else d_out,
-            d_lse, d_key_mass, out, lse, wanted, q, k, v, *plain, *options, *rest,
-        )  # fmt: skip
+            d_out, d_lse, d_key_mass, out, lse, wanted, q, k, v, *settings[:4], *options, *more
+        )
         if torch.is_grad_enabled():  # asked to build a graph of this pass
             inputs = (d_out, d_lse, d_key_mass, q, k, v, *options[:_LISTS])
             grads = _Once.apply(len(grads), *grads, *inputs)
         grads = iter(grads)
         given = [next(grads) if want else None for want in wanted]
-        return (None, *given, *(None,) * (len(ctx.needs_input_grad) - 1 - len(given)))
+        return (None, *given, *(None,) * (len(wants) - 1 - len(given)))
 
 
-# `apply` asks for it at each call, and takes a third of its time to find it out.
+# `apply` asks for it at each call, and takes a quarter of its time to find it out.
 _Attention.forward.__signature__ = inspect.signature(_Attention.forward)
 
 
@@ -133,17 +134,18 @@ class _Once(torch.autograd.Function):
 
 
 def needs_grad(q, k, v):
+    """Whether `plain` will not do; `pentad._ops.needs_grad` would take four times as long."""
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
-def attention(q, k, v, plain, key_mass=False, options=(), rest=()):
-    """`forward` of these arguments, differentiable in q, k, v and the first three options.
+def attention(q, k, v, settings=(), options=(), more=()):
+    """`forward` of all these arguments, differentiable in q, k, v and the first three options.
 
-    `plain` are scale to top_left; the rest is left out where it has its defaults.
+    `settings` end with top_left or key_mass, `options` are the tensors and `more` what follows;
+    all are left out where they are the defaults.
     """
-    for_options = torch.is_grad_enabled() and any(
-        option is not None and option.requires_grad for option in options[:3]
-    )
-    if for_options or needs_grad(q, k, v):
-        return _Attention.apply((plain, key_mass, rest), q, k, v, *options)
-    return forward(q, k, v, *plain, key_mass, *options, *rest)
+    if torch.is_grad_enabled():
+        for tensor in (q, k, v, *options[:3]):
+            if tensor is not None and tensor.requires_grad:
+                return _Attention.apply((settings, more), q, k, v, *options)
+    return forward(q, k, v, *settings, *options, *more)
