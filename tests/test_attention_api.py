@@ -503,13 +503,14 @@ def test_opcheck(option):
     arguments = op_arguments(option)
     torch.library.opcheck(autograd.forward, arguments)
     out, lse, mass = autograd.forward(*arguments)
-    d_mass = torch.randn_like(mass) if arguments[-1] else None
-    wanted = [t is not None and t.dtype != torch.bool for t in arguments[:6]]
+    plain, key_mass, options = arguments[:7], arguments[7], arguments[8:]
+    d_mass = torch.randn_like(mass) if key_mass else None
+    wanted = [t is not None and t.dtype != torch.bool for t in (*plain[:3], *options[:3])]
     torch.library.opcheck(
         autograd.backward,
         (
-            *(torch.randn_like(out), torch.randn_like(lse), d_mass),
-            *(*arguments[:3], out, lse, *arguments[3:-1], wanted),
+            *(torch.randn_like(out), torch.randn_like(lse), d_mass, out, lse, wanted),
+            *(*plain, *options),
         ),
     )
 

@@ -141,7 +141,7 @@ INPUTS = {
     "sink_strided": ({"sink": torch.ones(2 * HQ)[::2]}, ValueError, "sink is not contiguous"),
     "one_cu_seqlens": ({"cu_seqlens_q": integers(0, 3)}, ValueError, "needed together"),
     "scale_nan": ({"scale": float("nan")}, ValueError, "scale is not finite"),
-    "scale_none": ({"scale": None}, TypeError, "incompatible"),
+    "scale_text": ({"scale": "1"}, TypeError, "incompatible"),
     "softcap_negative": ({"softcap": -1.0}, ValueError, "softcap"),
     "softcap_inf": ({"softcap": float("inf")}, ValueError, "softcap"),
     "left": ({"left": -2}, ValueError, r"window is \(-2, -1\)"),

@@ -20,7 +20,7 @@ void py_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                 const Optional& bias, const Optional& key_bias, const Optional& alibi,
                 const Optional& sink, const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
                 const Optional& k_lengths, const Optional& cache_rows, const Optional& left_pad,
-                const Optional& block_table, const MaskArgument& mask, double scale, double softcap,
+                const Optional& block_table, const MaskArgument& mask, Scale scale, double softcap,
                 int64_t left, int64_t right, bool top_left, double dropout, const Optional& seed) {
   Arguments a("attention");
   a.set_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k);
@@ -37,6 +37,20 @@ void py_forward(const TensorView& q, const TensorView& k, const TensorView& v,
   forward(p, outputs);
 }
 
+// The above without options, for the arguments of which a small call would pay.
+void py_plain(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& out,
+              Scale scale, int64_t left, int64_t right, bool top_left) {
+  Arguments a("attention");
+  const Optional none;
+  a.set_inputs(q, k, v, none, none);
+  a.set_caches(k, none, none, none, none, 0, "");
+  a.set_options({none, none, none, none, scale, 0.0, left, right, top_left, 0.0, none}, {});
+  Outputs outputs;
+  outputs.out = a.rows(out, "out", false, a.problem.value_dim, true);
+  a.writes.finish();
+  forward(a.problem, outputs);
+}
+
 void py_backward(const TensorView& q, const TensorView& k, const TensorView& v,
                  const TensorView& out, const TensorView& lse, const TensorView& d_out,
                  const Optional& d_lse, const Optional& d_key_mass, const Optional& dq,
@@ -44,8 +58,8 @@ void py_backward(const TensorView& q, const TensorView& k, const TensorView& v,
                  const Optional& dkey_bias, const Optional& dsink, const Optional& bias,
                  const Optional& key_bias, const Optional& alibi, const Optional& sink,
                  const Optional& cu_seqlens_q, const Optional& cu_seqlens_k,
-                 const MaskArgument& mask, double scale, double softcap, int64_t left,
-                 int64_t right, bool top_left, double dropout, const Optional& seed) {
+                 const MaskArgument& mask, Scale scale, double softcap, int64_t left, int64_t right,
+                 bool top_left, double dropout, const Optional& seed) {
   constexpr const char* op = "attention.backward";
   Arguments a(op);
   a.set_inputs(q, k, v, cu_seqlens_q, cu_seqlens_k);
@@ -143,6 +157,7 @@ void py_append(const TensorView& k_new, const TensorView& v_new, const TensorVie
 void bind_attention(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("attention_forward", &py_forward, release);
+  m.def("attention_plain", &py_plain, release);
   m.def("attention_backward", &py_backward, release);
   m.def("attention_append", &py_append, release);
 }

@@ -15,15 +15,13 @@ struct MaskLists {
 
 void expect_shape(const TensorView& view, const char* op, const char* name,
                   std::initializer_list<int64_t> shape) {
-  bool same = view.rank == static_cast<int>(shape.size());
+  if (view.rank == static_cast<int>(shape.size()) &&
+      std::equal(shape.begin(), shape.end(), view.shape))
+    return;
   std::string expected;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    same = same && view.shape[i] == shape.begin()[i];
-    expected += (i ? ", " : "") + std::to_string(shape.begin()[i]);
-  }
-  if (!same)
-    bad_value(op, std::string(name) + " has shape " + shape_text(view) + ", expected (" + expected +
-                      (shape.size() == 1 ? ",)" : ")"));
+  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  bad_value(op, std::string(name) + " has shape " + shape_text(view) + ", expected (" + expected +
+                    (shape.size() == 1 ? ",)" : ")"));
 }
 
 namespace {
@@ -275,13 +273,14 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
   Problem& p = problem;
   const bool cached = !p.k_length.empty();
   const DType dtype = statistics(p.q.dtype);
-  if (!std::isfinite(o.scale)) bad_value(op_, "scale is not finite");
+  const double scale = o.scale ? *o.scale : std::pow(p.dim, -0.5);
+  if (!std::isfinite(scale)) bad_value(op_, "scale is not finite");
   if (!(o.softcap >= 0) || !std::isfinite(o.softcap))
     bad_value(op_, "softcap is negative or not finite");
   if (o.left < -1 || o.right < -1)
     bad_value(op_, "window is (" + std::to_string(o.left) + ", " + std::to_string(o.right) +
                        "), expected -1 or more");
-  p.scale = o.scale;
+  p.scale = scale;
   p.softcap = o.softcap;
   p.left = o.left < 0 ? kUnbounded : std::min(o.left, kUnbounded);
   p.right = o.right < 0 ? kUnbounded : std::min(o.right, kUnbounded);

@@ -54,10 +54,12 @@ struct type_caster<pentad::MaskArgument> {
 namespace pentad::attention {
 
 using Optional = std::optional<TensorView>;
+using Scale = std::optional<double>;  // by default dim ** -0.5
 
 struct Options {
   const Optional &bias, &key_bias, &alibi, &sink;
-  double scale, softcap;
+  Scale scale;
+  double softcap;
   int64_t left, right;
   bool top_left;
   double dropout;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "bindings/tensor_caster.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "bindings/dlpack_abi.h"
@@ -167,24 +168,24 @@ void bad_value(const char* op, const std::string& message) {
 
 void expect(const TensorView& view, const char* op, const char* name,
             std::initializer_list<DType> dtypes, int rank) {
-  const std::string start = "[" + std::string(op) + "] " + name;
+  // No message is begun before it is needed: it would cost more than the checks of a tiny call.
   if (view.device_type != dlpack::kCpu)
-    throw DeviceMismatch(start + " is on an accelerator, but this operation has only a CPU kernel");
-  bool known = false;
-  std::string accepted;
-  for (DType dtype : dtypes) {
-    known = known || dtype == view.dtype;
-    accepted += std::string(accepted.empty() ? "" : ", ") + dtype_name(dtype);
+    throw DeviceMismatch("[" + std::string(op) + "] " + name +
+                         " is on an accelerator, but this operation has only a CPU kernel");
+  if (std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) {
+    std::string accepted;
+    for (DType dtype : dtypes)
+      accepted += std::string(accepted.empty() ? "" : ", ") + dtype_name(dtype);
+    throw TypeMismatch("[" + std::string(op) + "] " + name + " has dtype " +
+                       dtype_name(view.dtype) + ", expected " + accepted);
   }
-  if (!known)
-    throw TypeMismatch(start + " has dtype " + dtype_name(view.dtype) + ", expected " + accepted);
   if (rank >= 0 && view.rank != rank)
     bad_value(op, std::string(name) + " has shape " + shape_text(view) + ", expected " +
                       std::to_string(rank) + " dimensions");
-  int64_t elements = 1;
-  for (int i = 0; i < view.rank; ++i) elements *= view.shape[i];
-  if (!view.data && elements)
-    bad_value(op, std::string(name) + " has no memory (a fake or meta tensor?)");
+  if (view.data) return;
+  for (int i = 0; i < view.rank; ++i)
+    if (!view.shape[i]) return;
+  bad_value(op, std::string(name) + " has no memory (a fake or meta tensor?)");
 }
 
 void expect_output(const TensorView& view, const char* op, const char* name, DType dtype,

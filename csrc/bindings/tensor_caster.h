@@ -73,14 +73,13 @@ struct type_caster<pentad::TensorView> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return false;
-    holder_ = std::make_unique<pentad::ViewHolder>();
-    holder_->borrow(source);
+    holder_.borrow(source);
     return true;
   }
-  operator const pentad::TensorView&() const { return holder_->view; }
+  operator const pentad::TensorView&() const { return holder_.view; }
 
  private:
-  std::unique_ptr<pentad::ViewHolder> holder_;
+  pentad::ViewHolder holder_;
 };
 
 // An optional view: the holder must outlive the call, so the value is kept beside it.
@@ -93,15 +92,14 @@ struct type_caster<std::optional<pentad::TensorView>> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;
-    holder_ = std::make_unique<pentad::ViewHolder>();
-    holder_->borrow(source);
+    holder_.emplace().borrow(source);
     value_ = holder_->view;
     return true;
   }
   operator const std::optional<pentad::TensorView>&() const { return value_; }
 
  private:
-  std::unique_ptr<pentad::ViewHolder> holder_;
+  std::optional<pentad::ViewHolder> holder_;
   std::optional<pentad::TensorView> value_;
 };
 

@@ -40,13 +40,23 @@ def attention_forward(
     left_pad: Array | None,
     block_table: Array | None,
     mask: tuple[int, int, Array, Array, Array, Array, Array, Array, Array] | None,
-    scale: float,
+    scale: float | None,
     softcap: float,
     left: int,
     right: int,
     top_left: bool,
     dropout: float,
     seed: Array | None,
+) -> None: ...
+def attention_plain(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    scale: float | None,
+    left: int,
+    right: int,
+    top_left: bool,
 ) -> None: ...
 def attention_backward(
     q: Array,
@@ -70,7 +80,7 @@ def attention_backward(
     cu_seqlens_q: Array | None,
     cu_seqlens_k: Array | None,
     mask: tuple[int, int, Array, Array, Array, Array, Array, Array, Array] | None,
-    scale: float,
+    scale: float | None,
     softcap: float,
     left: int,
     right: int,

@@ -16,6 +16,8 @@ def accumulator(dtype):
 
 def empty_out(q, value_dim, packed):
     """The output, laid out as (B, S, H, D) where q has its heads inside its tokens in memory."""
+    if value_dim == q.shape[-1] and q.is_contiguous():  # for half the price of what follows
+        return torch.empty_like(q)
     if packed:
         s, h, _ = q.shape
         return q.new_empty_strided((s, h, value_dim), (h * value_dim, value_dim, 1))
@@ -28,8 +30,11 @@ def empty_out(q, value_dim, packed):
 
 def empty_lse(q, packed):
     """float64 whatever `q` is: the gradient recomputes the probabilities from it."""
-    shape = (q.shape[1], q.shape[0]) if packed else q.shape[:3]
-    return q.new_empty(shape, dtype=torch.float64)
+    if packed:
+        s, h, _ = q.shape
+        return q.new_empty(h, s, dtype=torch.float64)
+    b, h, s, _ = q.shape
+    return q.new_empty(b, h, s, dtype=torch.float64)
 
 
 def empty_forward(q, k, v, packed, key_mass):
@@ -42,14 +47,14 @@ def empty_forward(q, k, v, packed, key_mass):
     return empty_out(q, v.shape[-1], packed), empty_lse(q, packed), mass
 
 
-def empty_gradients(q, k, v, bias, key_bias, sink, wanted):
-    """Gradients of those inputs that are `wanted`, in their order."""
+def empty_gradients(wanted, *tensors):
+    """Gradients of those of q, k, v, bias, key_bias and sink that are `wanted`, in their order."""
     grads = []
-    for tensor, want in zip((q, k, v, bias, key_bias, sink), wanted, strict=True):
-        if want:
-            keep = tensor is q or tensor is k or tensor is v
-            layout = torch.preserve_format if keep else torch.contiguous_format
-            grads.append(torch.empty_like(tensor, memory_format=layout))
+    for i, want in enumerate(wanted):
+        if want and i < 3:
+            grads.append(torch.empty_like(tensors[i]))
+        elif want:
+            grads.append(torch.empty_like(tensors[i], memory_format=torch.contiguous_format))
     return grads
 
 
@@ -57,40 +62,39 @@ def _mask(tensors, q_block, k_block):
     return None if tensors is None else (q_block, k_block, *tensors)
 
 
-def _scale(scale, q):
-    return q.shape[-1] ** -0.5 if scale is None else scale
+# The defaults are the schemas': the dispatcher leaves out what equals them, at the end.
 
 
-def plain(q, k, v, scale, left, right, top_left):
+def plain(q, k, v, scale=None, left=-1, right=-1, top_left=False):
     out = empty_out(q, v.shape[3], False)
-    _C.attention_forward(
-        q, k, v, out, None, None, None, None, None, None, None, None, None, None, None, None, None,
-        _scale(scale, q), 0.0, left, right, top_left, 0.0, None,
-    )  # fmt: skip
+    _C.attention_plain(q, k, v, out, scale, left, right, top_left)
     return out
 
 
 def forward(
-    q, k, v, bias, key_bias, sink, alibi, cu_seqlens_q, cu_seqlens_k, mask, seed,
-    scale, softcap, left, right, top_left, dropout, q_block, k_block, key_mass,
+    q, k, v, scale=None, left=-1, right=-1, top_left=False, key_mass=False,
+    bias=None, key_bias=None, sink=None, alibi=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    seed=None, mask=None, softcap=0.0, dropout=0.0, q_block=0, k_block=0,
 ):  # fmt: skip
     out, lse, mass = empty_forward(q, k, v, cu_seqlens_q is not None, key_mass)
     _C.attention_forward(
         q, k, v, out, lse, mass if key_mass else None, bias, key_bias, alibi, sink,
         cu_seqlens_q, cu_seqlens_k, None, None, None, None, _mask(mask, q_block, k_block),
-        _scale(scale, q), softcap, left, right, top_left, dropout, seed,
+        scale, softcap, left, right, top_left, dropout, seed,
     )  # fmt: skip
     return out, lse, mass
 
 
 def backward(
-    d_out, d_lse, d_key_mass, q, k, v, out, lse, bias, key_bias, sink, alibi, cu_seqlens_q,
-    cu_seqlens_k, mask, seed, scale, softcap, left, right, top_left, dropout, q_block, k_block,
-    wanted,
+    d_out, d_lse, d_key_mass, out, lse, wanted,
+    q, k, v, scale=None, left=-1, right=-1, top_left=False,
+    bias=None, key_bias=None, sink=None, alibi=None, cu_seqlens_q=None, cu_seqlens_k=None,
+    seed=None, mask=None, softcap=0.0, dropout=0.0, q_block=0, k_block=0,
 ):  # fmt: skip
-    grads = empty_gradients(q, k, v, bias, key_bias, sink, wanted)
+    grads = empty_gradients(wanted, q, k, v, bias, key_bias, sink)
     rest = iter(grads)
-    dq, dk, dv, dbias, dkey_bias, dsink = (next(rest) if want else None for want in wanted)
+    dq, dk, dv, *others = (next(rest) if want else None for want in wanted)
+    dbias, dkey_bias, dsink = others or (None, None, None)
     written = dbias  # in the accumulator's dtype
     if dbias is not None and dbias.dtype != accumulator(q.dtype):
         written = torch.empty_like(dbias, dtype=accumulator(q.dtype))
@@ -100,7 +104,7 @@ def backward(
         None if d_key_mass is None else d_key_mass.contiguous(),
         dq, dk, dv, written, dkey_bias, dsink, bias, key_bias, alibi, sink,
         cu_seqlens_q, cu_seqlens_k, _mask(mask, q_block, k_block),
-        _scale(scale, q), softcap, left, right, top_left, dropout, seed,
+        scale, softcap, left, right, top_left, dropout, seed,
     )  # fmt: skip
     if written is not dbias:
         dbias.copy_(written)
@@ -115,7 +119,7 @@ def decode(
     _C.attention_forward(
         q, k_cache, v_cache, out, lse, None, bias, None, alibi, sink, None, None,
         k_lengths, cache_rows, left_pad, block_table, None,
-        _scale(scale, q), softcap, left, right, False, 0.0, None,
+        scale, softcap, left, right, False, 0.0, None,
     )  # fmt: skip
     return out, lse
 

@@ -1,24 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of `pentad.attention`, their shape functions, and the gradient."""
 
+import inspect
+
 import torch
 
 from pentad._ops import define
 from pentad.attention import _kernels
 
+# Defaults are what makes a call cheap: those at the end need not be carried to the kernel.
+_PLAIN = (
+    "Tensor q, Tensor k, Tensor v, float? scale=None, SymInt left=-1, SymInt right=-1, "
+    "bool top_left=False"
+)
 _OPTIONS = (
-    "Tensor? bias, Tensor? key_bias, Tensor? sink, Tensor? alibi, Tensor? cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, Tensor[]? mask, Tensor? seed, float? scale, float softcap, "
-    "SymInt left, SymInt right, bool top_left, float dropout, int q_block, int k_block"
+    "Tensor? bias=None, Tensor? key_bias=None, Tensor? sink=None, Tensor? alibi=None, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seed=None, "
+    "Tensor[]? mask=None, float softcap=0.0, float dropout=0.0, int q_block=0, int k_block=0"
 )
 
 
-def _fake_forward(q, k, v, bias, key_bias, sink, alibi, cu_seqlens_q, cu_seqlens_k, *rest):
-    return _kernels.empty_forward(q, k, v, cu_seqlens_q is not None, rest[-1])
+def _fake_plain(q, k, v, *rest):
+    return _kernels.empty_out(q, v.shape[3], False)
 
 
-def _fake_backward(d_out, d_lse, d_key_mass, q, k, v, out, lse, bias, key_bias, sink, *rest):
-    return _kernels.empty_gradients(q, k, v, bias, key_bias, sink, rest[-1])
+def _fake_forward(q, k, v, scale=None, left=-1, right=-1, top_left=False, key_mass=False, *rest):
+    return _kernels.empty_forward(q, k, v, q.ndim == 3, key_mass)
+
+
+def _fake_backward(
+    d_out, d_lse, d_key_mass, out, lse, wanted, q, k, v, scale=None, left=-1, right=-1,
+    top_left=False, bias=None, key_bias=None, sink=None, *rest,
+):  # fmt: skip
+    return _kernels.empty_gradients(wanted, q, k, v, bias, key_bias, sink)
 
 
 def _fake_decode(q, k_cache, v_cache, *rest):
@@ -26,21 +40,15 @@ def _fake_decode(q, k_cache, v_cache, *rest):
 
 
 # Without options or gradients: half the time per call of the general one.
-plain = define(
-    "attention_plain(Tensor q, Tensor k, Tensor v, float? scale, SymInt left, SymInt right, "
-    "bool top_left) -> Tensor",
-    _kernels.plain,
-    lambda q, k, v, *rest: _kernels.empty_out(q, v.shape[3], False),
-)
+plain = define(f"attention_plain({_PLAIN}) -> Tensor", _kernels.plain, _fake_plain)
 forward = define(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool key_mass)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"attention_forward({_PLAIN}, bool key_mass=False, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _kernels.forward,
     _fake_forward,
 )
 backward = define(
-    "attention_backward(Tensor d_out, Tensor? d_lse, Tensor? d_key_mass, Tensor q, Tensor k, "
-    f"Tensor v, Tensor out, Tensor lse, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+    "attention_backward(Tensor d_out, Tensor? d_lse, Tensor? d_key_mass, Tensor out, Tensor lse, "
+    f"bool[] wanted, {_PLAIN}, {_OPTIONS}) -> Tensor[]",
     _kernels.backward,
     _fake_backward,
 )
@@ -58,47 +66,55 @@ append = define(
     lambda *arguments: None,
 )
 
-_TENSORS = 11  # the first arguments of `forward`; the rest are its settings
-_DIFFERENTIABLE = 6  # of the tensors: q, k, v, bias, key_bias, sink
+_DIFFERENTIABLE = 6  # q, k, v, bias, key_bias, sink
+_LISTS = 7  # index in the options of `mask`, the one that is not one tensor
 
 
 class _Attention(torch.autograd.Function):
     """`forward` with its gradient; keeps the inputs, out and lse, nothing of size Sq x Sk.
 
-    Its arguments are few and not named, which is what a call of it costs.
+    Its arguments are few and not named, which is what a call of it costs. There may be no options.
     """
 
     @staticmethod
-    def forward(settings, *tensors):
-        return forward(*tensors, *settings)
+    def forward(*inputs):
+        (settings, more), q, k, v, *options = inputs
+        return forward(q, k, v, *settings, *options, *more)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        settings, q, k, v, *options, mask, seed = inputs
+        ctx.settings, q, k, v, *options = inputs
         out, lse, _ = output
+        if options:
+            options[_LISTS:] = options[_LISTS] or ()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *options, seed, *(mask or ()))
-        ctx.masked = mask is not None
-        *ctx.settings, ctx.key_mass = settings
+        ctx.save_for_backward(q, k, v, out, lse, *options)
 
     @staticmethod
     def backward(ctx, d_out, d_lse, d_key_mass):
-        saved = ctx.saved_tensors
-        q, k, v, out, lse = saved[:5]
-        options, seed, mask = saved[5:11], saved[11], saved[12:]
-        wanted = ctx.needs_input_grad[1 : 1 + _DIFFERENTIABLE]
-        if not ctx.key_mass:  # a compiled graph hands down zeros
+        q, k, v, out, lse, *options = ctx.saved_tensors
+        if options:
+            options[_LISTS:] = [options[_LISTS:] or None]
+        settings, more = ctx.settings
+        wants = ctx.needs_input_grad
+        wanted = wants[1 : 1 + _DIFFERENTIABLE]
+        if settings[4:] != (True,):  # a compiled graph hands down zeros
             d_key_mass = None
+        if d_out is None:
+            d_out = out.new_zeros(()).expand(out.shape)
         grads = backward(
-            out.new_zeros(()).expand(out.shape) if d_out is None else d_out,
-            d_lse, d_key_mass, q, k, v, out, lse, *options,
-            list(mask) if ctx.masked else None, seed, *ctx.settings, wanted,
-        )  # fmt: skip
+            d_out, d_lse, d_key_mass, out, lse, wanted, q, k, v, *settings[:4], *options, *more
+        )
         if torch.is_grad_enabled():  # asked to build a graph of this pass
-            grads = _Once.apply(len(grads), *grads, d_out, d_lse, d_key_mass, q, k, v, *options)
+            inputs = (d_out, d_lse, d_key_mass, q, k, v, *options[:_LISTS])
+            grads = _Once.apply(len(grads), *grads, *inputs)
         grads = iter(grads)
-        given = (next(grads) if want else None for want in wanted)
-        return (None, *given, *(None,) * (_TENSORS - _DIFFERENTIABLE))
+        given = [next(grads) if want else None for want in wanted]
+        return (None, *given, *(None,) * (len(wants) - 1 - len(given)))
+
+
+# `apply` asks for it at each call, and takes a quarter of its time to find it out.
+_Attention.forward.__signature__ = inspect.signature(_Attention.forward)
 
 
 class _Once(torch.autograd.Function):
@@ -117,10 +133,19 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("[attention] the gradient cannot be differentiated a second time")
 
 
-def attention(*arguments):
-    """`forward` of the same arguments, differentiable where any of the first six needs it."""
+def needs_grad(q, k, v):
+    """Whether `plain` will not do; `pentad._ops.needs_grad` would take four times as long."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def attention(q, k, v, settings=(), options=(), more=()):
+    """`forward` of all these arguments, differentiable in q, k, v and the first three options.
+
+    `settings` end with top_left or key_mass, `options` are the tensors and `more` what follows;
+    all are left out where they are the defaults.
+    """
     if torch.is_grad_enabled():
-        for tensor in arguments[:_DIFFERENTIABLE]:
+        for tensor in (q, k, v, *options[:3]):
             if tensor is not None and tensor.requires_grad:
-                return _Attention.apply(arguments[_TENSORS:], *arguments[:_TENSORS])
-    return forward(*arguments)
+                return _Attention.apply((settings, more), q, k, v, *options)
+    return forward(q, k, v, *settings, *options, *more)

@@ -122,8 +122,8 @@ def decode(
     (tensor([0., 1., 2., 0.]), tensor(1.))
     """
     op = "attention.decode"
-    check_operands(op, q, k_cache, v_cache, names=_CACHES)
-    (b, hq, sq, d), (rows, hk, sk, dk), (v_rows, hv, sv, dv) = q.shape, k_cache.shape, v_cache.shape
+    shapes = check_operands(op, q, k_cache, v_cache, names=_CACHES)
+    (b, hq, sq, d), (rows, hk, sk, dk), (v_rows, hv, sv, dv) = shapes
     check_sizes(op, hq, hk, hv, d, dk, dv, _CACHES)
     if v_rows != rows or sv != sk:
         raise ValueError(

@@ -8,6 +8,7 @@ The mathematics stand in ``csrc/attention/attention.h`` and, in plain PyTorch, i
 import operator
 
 import torch
+from torch import Tensor
 
 from pentad._errors import DeviceError
 from pentad.attention import autograd
@@ -28,7 +29,7 @@ def fail_tensor(op, name, tensor):
 
 
 def check_float(op, name, tensor):
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         fail_tensor(op, name, tensor)
     if tensor.dtype not in _FLOATS:
         raise TypeError(
@@ -38,7 +39,7 @@ def check_float(op, name, tensor):
 
 
 def check_integers(op, name, tensor, accepted=(torch.int32, torch.int64)):
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         fail_tensor(op, name, tensor)
     if tensor.dtype not in accepted:
         names = " or ".join(_name(dtype) for dtype in accepted)
@@ -60,12 +61,13 @@ def check_shape(op, name, tensor, *accepted):
 
 
 def check_operands(op, q, k, v, packed=False, names=("k", "v")):
-    """What q, k and v must have in common; they may be caches, whose batch is another."""
-    if not (
-        isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
-    ):
+    """What q, k and v must have in common; they may be caches, whose batch is another.
+
+    Returns their shapes: each look at one costs a hundredth of a small call.
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         for name, tensor in zip(("q", *names), (q, k, v), strict=True):
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, Tensor):
                 fail_tensor(op, name, tensor)
     dtype = q.dtype
     if dtype not in _FLOATS:
@@ -81,14 +83,14 @@ def check_operands(op, q, k, v, packed=False, names=("k", "v")):
         check_device(op, names[1], v, q)
         if q.device.type != "meta":
             raise DeviceError(f"[{op}] there is no {q.device.type} kernel, only a CPU one")
+    shapes = sq, sk, sv = q.shape, k.shape, v.shape
     rank = 3 if packed else 4
-    if q.ndim != rank or k.ndim != rank or v.ndim != rank:
+    if not len(sq) == len(sk) == len(sv) == rank:
         expected = "(total, H, D) with cu_seqlens" if packed else "(B, H, S, D)"
-        for name, tensor in zip(("q", *names), (q, k, v), strict=True):
-            if tensor.ndim != rank:
-                raise ValueError(
-                    f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {expected}"
-                )
+        for name, shape in zip(("q", *names), shapes, strict=True):
+            if len(shape) != rank:
+                raise ValueError(f"[{op}] {name} has shape {tuple(shape)}, expected {expected}")
+    return shapes
 
 
 def check_sizes(op, hq, hk, hv, d, dk, dv, names=("k", "v")):
@@ -132,7 +134,7 @@ def _window(op, window):
 
 
 def number(op, name, value):
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         raise TypeError(f"[{op}] {name} is a tensor, expected a number")
     return float(value)
 
@@ -155,7 +157,7 @@ def softcap_of(op, softcap):
 
 def bias_of(op, bias, q, b, hq, sq, sk):
     """`bias` in rank 4, checked."""
-    if not isinstance(bias, torch.Tensor):
+    if not isinstance(bias, Tensor):
         fail_tensor(op, "bias", bias)
     if bias.dtype != torch.bool and bias.dtype not in _FLOATS:
         raise TypeError(
@@ -315,16 +317,16 @@ def attention(
     if torch.is_autocast_enabled("cpu"):
         q, k, v = _autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_operands(op, q, k, v, packed)
-    left, right, top_left = span(op, causal, window)
-    if scale is not None:
-        scale = scale_of(op, scale)
+    shapes = check_operands(op, q, k, v, packed)
+    settings = ()  # the defaults
+    if causal is not False or window is not None or scale is not None:
+        settings = (None if scale is None else scale_of(op, scale), *span(op, causal, window))
     if packed:
-        (total_q, hq, d), (sk, hk, dk), (sv, hv, dv) = q.shape, k.shape, v.shape
+        (total_q, hq, d), (sk, hk, dk), (sv, hv, dv) = shapes
         check_packed(op, q, cu_seqlens_q, cu_seqlens_k, bias, block_mask)
         b, sq = cu_seqlens_q.shape[0] - 1, total_q
     else:
-        (b, hq, sq, d), (bk, hk, sk, dk), (bv, hv, sv, dv) = q.shape, k.shape, v.shape
+        (b, hq, sq, d), (bk, hk, sk, dk), (bv, hv, sv, dv) = shapes
         if bk != b or bv != b:
             name, other = ("k", bk) if bk != b else ("v", bv)
             raise ValueError(f"[{op}] {name} has batch {other} but q has {b}")
@@ -338,11 +340,10 @@ def attention(
         and not dropout_p
         and not return_lse
         and not return_key_mass
-        and not (
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        )
     ):
-        return autograd.plain(q, k, v, scale, left, right, top_left)
+        if autograd.needs_grad(q, k, v):
+            return autograd.attention(q, k, v, settings)[0]
+        return autograd.plain(q, k, v, *settings)
 
     softcap = softcap_of(op, softcap)
     dropout_p = number(op, "dropout_p", dropout_p)
@@ -374,9 +375,13 @@ def attention(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, generator=generator, device="cpu")
 
     out, lse, mass = autograd.attention(
-        q, k, v, bias, key_bias, sink, alibi_slopes, cu_seqlens_q, cu_seqlens_k, mask, seed,
-        scale, softcap, left, right, top_left, dropout_p, q_block, k_block, bool(return_key_mass),
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        (*(settings or (None, -1, -1, False)), bool(return_key_mass)),
+        (bias, key_bias, sink, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seed, mask),
+        (softcap, dropout_p, q_block, k_block),
+    )
     if return_lse:
         lse = lse.to(accumulator(q.dtype))
         return (out, lse, mass) if return_key_mass else (out, lse)
@@ -386,8 +391,7 @@ def attention(
 def _autocast(*tensors):
     dtype = torch.get_autocast_dtype("cpu")
     return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype == torch.float32 else t
-        for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors
     )
 
 
