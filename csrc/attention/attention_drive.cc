@@ -203,9 +203,16 @@ void PackedKeys::pack(int64_t b, int64_t kv_head, int64_t tile) {
     if (!(forms_ & form)) continue;
     const bool is_key = form == k_lanes || form == k_pairs;
     const Operand& x = is_key ? problem_.k : problem_.v;
-    for (int64_t j = 0; j < count; ++j) each[j] = k_at(problem_, x, b, kv_head, first + j);
-    const Rows rows = {
-        nullptr, each, x.dtype, 0, x.stride[3], count, is_key ? problem_.dim : problem_.value_dim};
+    const bool paged = problem_.page_size != 0;
+    if (paged)
+      for (int64_t j = 0; j < count; ++j) each[j] = k_at(problem_, x, b, kv_head, first + j);
+    const Rows rows = {k_at(problem_, x, b, kv_head, first),
+                       paged ? each : nullptr,
+                       x.dtype,
+                       x.stride[2],
+                       x.stride[3],
+                       count,
+                       is_key ? problem_.dim : problem_.value_dim};
     float* out = const_cast<float*>(get(form, b, kv_head)) + tile * tile_size(form);
     if (form == k_lanes || form == v_lanes) kernels().pack_lanes(rows, shape_.bf16, out);
     else kernels().pack_pairs(rows, shape_.bf16, out);

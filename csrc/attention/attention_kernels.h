@@ -168,7 +168,7 @@ struct Kernels {
 // Floats of scratch that a job of these sizes needs.
 static constexpr int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 static constexpr int64_t forward_scratch(int64_t dim, int64_t value_dim) {
-  return kQueryBlock * (padded(dim, 16) + padded(value_dim, 16) + 2 * kTile + 16 + 4);
+  return kQueryBlock * (padded(dim, 16) + padded(value_dim, 16) + 2 * kTile + 16 + 2);
 }
 static constexpr int64_t backward_scratch() { return kTile * kTile * 5; }
 
