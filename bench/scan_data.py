@@ -56,45 +56,53 @@ class Scan:
         return self.u.numel() * self.A.shape[1]
 
     def solve(self) -> None:
-        """The recurrence and its adjoint, step by step with all states in memory."""
+        """The recurrence and its adjoint, step by step with all states in memory.
+
+        In place: many short-lived arrays of this size grow the heap without end in some versions of
+        the C library.
+        """
         u, delta, A, B, C, D, z, bias = (x.double() for x in self.leaves)
         steps = delta + bias[:, None]
-        dt, gate = softplus(steps), silu(z)
-        states = [A.new_zeros(u.shape[0], *A.shape)]
-        y = torch.empty_like(u)
-        for t in range(u.shape[2]):
-            decay = torch.exp(dt[..., t, None] * A)
-            states.append(decay * states[-1] + (dt * u)[..., t, None] * B[:, None, :, t])
-            y[..., t] = (states[-1] * C[:, None, :, t]).sum(-1)
-        y += D[:, None] * u
+        dt, gate, sigmoid = softplus(steps), silu(z), torch.sigmoid(z)
         d_out = self.d_out.double()
-        sigmoid = torch.sigmoid(z)
-        dz = d_out * y * sigmoid * (1 + z * (1 - sigmoid))
         dy = d_out * gate
-        du, ddt = torch.empty_like(u), torch.empty_like(u)
-        dA, dB, dC = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
-        carried = torch.zeros_like(states[0])
-        for t in reversed(range(u.shape[2])):
-            step, decay = dt[..., t, None], torch.exp(dt[..., t, None] * A)
-            g = dy[..., t, None] * C[:, None, :, t] + carried
-            dC[..., t] = (dy[..., t, None] * states[t + 1]).sum(1)
-            dB[..., t] = ((dt * u)[..., t, None] * g).sum(1)
-            carried = decay * g
-            w = carried * states[t]
-            dA += (step * w).sum(0)
-            g_B = (g * B[:, None, :, t]).sum(-1)
-            du[..., t] = dt[..., t] * g_B
-            ddt[..., t] = u[..., t] * g_B + (w * A).sum(-1)
-        ddelta = ddt * torch.sigmoid(steps)
+        # Time first, then batch; channels and states as columns and rows of what they multiply.
+        dt_t, u_t, dy_t = (x.movedim(2, 0).unsqueeze(3).contiguous() for x in (dt, u, dy))
+        B_t, C_t = (x.movedim(2, 0).unsqueeze(2).contiguous() for x in (B, C))
+        dtu_t = dt_t * u_t
+        states = A.new_zeros(len(u_t) + 1, u.shape[0], *A.shape)
+        decay, g, w = (torch.empty_like(states[0]) for _ in range(3))
+        y_t, g_B, w_A = (torch.empty_like(u_t) for _ in range(3))
+        for t in range(len(u_t)):
+            torch.mul(dt_t[t], A, out=decay).exp_()
+            torch.mul(decay, states[t], out=states[t + 1]).addcmul_(dtu_t[t], B_t[t])
+            torch.mul(states[t + 1], C_t[t], out=w)
+            torch.sum(w, -1, keepdim=True, out=y_t[t])
+        dA, dB_t, dC_t = torch.zeros_like(A), torch.empty_like(B_t), torch.empty_like(C_t)
+        carried = torch.zeros_like(decay)
+        for t in reversed(range(len(u_t))):
+            torch.mul(dy_t[t], C_t[t], out=g).add_(carried)
+            torch.matmul(dy_t[t].mT, states[t + 1], out=dC_t[t])
+            torch.matmul(dtu_t[t].mT, g, out=dB_t[t])
+            torch.mul(g, B_t[t], out=w)
+            torch.sum(w, -1, keepdim=True, out=g_B[t])
+            torch.mul(dt_t[t], A, out=decay).exp_()
+            torch.mul(decay, g, out=carried)
+            torch.mul(carried, states[t], out=w)
+            dA += torch.mul(w, dt_t[t], out=g).sum(0)
+            torch.sum(w.mul_(A), -1, keepdim=True, out=w_A[t])
+        y, g_B, w_A = (x.squeeze(3).movedim(0, 2) for x in (y_t, g_B, w_A))
+        y = y + D[:, None] * u
+        ddelta = (u * g_B + w_A) * torch.sigmoid(steps)
         self.expected = {
             "out": y * gate,
-            "du": du + D[:, None] * dy,
+            "du": dt * g_B + D[:, None] * dy,
             "ddelta": ddelta,
             "dA": dA,
-            "dB": dB,
-            "dC": dC,
+            "dB": dB_t.squeeze(2).movedim(0, 2),
+            "dC": dC_t.squeeze(2).movedim(0, 2),
             "dD": (dy * u).sum((0, 2)),
-            "dz": dz,
+            "dz": d_out * y * sigmoid * (1 + z * (1 - sigmoid)),
             "ddelta_bias": ddelta.sum((0, 2)),
         }
 
