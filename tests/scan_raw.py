@@ -33,6 +33,7 @@ ENTRIES = {
         ["state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "softplus", "rows", "out"],
         ["state", "out"],
     ),
+    "few_rows_linear": (["x", "weight", "bias", "out"], ["out"]),
     "recurrence_forward": (["a", "x", "h0", "h", "log_space", "reverse", "complex"], ["h"]),
     "recurrence_backward": (
         ["a", "h0", "h", "dh", "da", "dx", "dh0", "log_space", "reverse", "complex"],
@@ -145,6 +146,15 @@ def draw_state_update(rows=True):
     return args
 
 
+def draw_few_rows():
+    return {
+        "x": torch.randn(BATCH, DIM),
+        "weight": torch.randn(LENGTH, DIM),
+        "bias": torch.randn(LENGTH),
+        "out": sevens(BATCH, LENGTH),
+    }
+
+
 def draw_recurrence():
     return {
         "a": torch.rand(2, 4, LENGTH),
@@ -218,6 +228,7 @@ DRAWS = {
     "selective_scan_forward": lambda: with_results(draw_scan()),
     "selective_scan_backward": lambda: with_gradients(draw_scan()),
     "selective_state_update": draw_state_update,
+    "few_rows_linear": draw_few_rows,
     "recurrence_forward": draw_recurrence,
     "recurrence_backward": draw_recurrence_backward,
     "causal_conv_forward": draw_conv,

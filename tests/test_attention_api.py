@@ -249,6 +249,16 @@ def test_devices_without_a_kernel():
         A.attention(q, k, v)
 
 
+@pytest.mark.parametrize("options", [{}, {"bias": torch.zeros(SQ, SK)}], ids=["plain", "bias"])
+def test_forward_mode_is_refused_and_never_silently_zero(options):
+    given = dict(zip("qkv", operands(), strict=True)) | options
+    for name in given:
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+            with pytest.raises(NotImplementedError, match="forward mode AD"):
+                A.attention(**given | {name: dual})
+
+
 def test_a_second_derivative_is_refused_and_never_silently_zero():
     q, k, v = operands(grad=True)
     bias = grown(SQ, SK)

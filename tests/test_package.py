@@ -56,6 +56,6 @@ def test_typed():
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_readme_examples_run(number, tmp_path, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     monkeypatch.chdir(tmp_path)
     exec(compile(examples[number], f"README example {number}", "exec"), {})

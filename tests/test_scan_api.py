@@ -159,6 +159,18 @@ def test_torch_func_grad():
         torch.testing.assert_close(got, value_and_gradients(function, arguments)[1:])
 
 
+@each_case
+def test_forward_mode_is_refused_and_never_silently_zero(case):
+    function, arguments = made(case, grad=False)
+    for name, leaf in leaves(made(case)[1]).items():
+        if (function, name) == (S.attention_matrix, "u"):
+            continue  # a factor outside of the kernels
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(arguments[name], torch.ones_like(leaf))
+            with pytest.raises(NotImplementedError, match="forward mode AD"):
+                function(**arguments | {name: dual})
+
+
 def test_gradients_of_gates_are_summed_in_float32():
     """A sum of 4096 ones in bfloat16 would stop at 256."""
     a, h0 = (torch.zeros(1, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
@@ -235,11 +247,11 @@ def test_autocast_of_the_steps_and_of_the_recurrence():
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-def changed(case, **changes):
+def changed(case, grad=False, **changes):
     """A call of `case` with some arguments replaced: a shape is a tensor of zeros."""
 
     def call():
-        function, arguments = made(case, grad=False)
+        function, arguments = made(case, grad=grad)
         for name, value in changes.items():
             value = torch.zeros(value) if isinstance(value, tuple) else value
             arguments[name] = value(arguments[name]) if callable(value) else value
@@ -253,7 +265,7 @@ def as_double(t):
 
 
 def as_array(t):
-    return t.numpy()
+    return t.detach().numpy()
 
 
 BAD = {
@@ -361,6 +373,7 @@ BAD = {
     ),
     "conv step x": ("conv step", {"x": (D,)}, ValueError, "x has shape (4,), expected (B, D) or"),
     "conv step weight": ("conv step", {"weight": (3, W)}, ValueError, "weight has shape (3, 3)"),
+    "conv step width": ("conv step", {"weight": (D, 0)}, ValueError, "width 0, expected 1 to 64"),
     "conv step positions": (
         "conv ring", {"cache_seqlens": torch.tensor([-1, 0])}, ValueError, "cache_seqlens holds -1"
     ),
@@ -370,6 +383,9 @@ BAD = {
     ),
     "matrix reduce": ("matrix", {"reduce": "max"}, ValueError, "reduce is 'max'"),
     "matrix delta": ("matrix", {"delta": (D, L)}, ValueError, "delta has shape (4, 5)"),
+    "matrix A": ("matrix", {"A": as_double}, TypeError, "expected it only where delta has"),
+    "matrix B dtype": ("matrix", {"B": as_double}, TypeError, "float64 but delta has float32"),
+    "matrix D": ("matrix all", {"D": as_double}, TypeError, "expected it only where delta has"),
     "matrix u": ("matrix all", {"u": (B, D, 3)}, ValueError, "u has shape (2, 4, 3)"),
     "matrix B": ("matrix", {"B": (B, 3, N, L)}, ValueError, "B has 3 groups"),
 }  # fmt: skip
@@ -391,15 +407,12 @@ def test_bad_arguments_are_refused_by_name(what):
     assert str(caught.value).startswith(f"[{NAMES[made(case)[0]]}]")
 
 
-@pytest.mark.parametrize("what", [w for w in BAD if BAD[w][0].split()[-1] in ("step", "steps")])
-def test_bad_steps_are_refused_where_gradients_are_needed(what):
+@pytest.mark.parametrize("what", BAD)
+def test_bad_arguments_are_refused_where_gradients_are_needed(what):
     case, changes, error, message = BAD[what]
-    function, arguments = made(case)
-    for name, value in changes.items():
-        value = torch.zeros(value) if isinstance(value, tuple) else value
-        arguments[name] = value(arguments[name]) if callable(value) else value
-    with pytest.raises(error, match=re.escape(message)):
-        function(**arguments)
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        changed(case, grad=True, **changes)()
+    assert str(caught.value).startswith(f"[{NAMES[made(case)[0]]}]")
 
 
 def test_nothing_is_written_where_a_step_is_refused():
@@ -438,6 +451,15 @@ def test_devices_without_a_kernel(case):
         function(**moved)
     with pytest.raises(pentad.DeviceError, match="but"):
         function(**arguments | {first: moved[first]})
+
+
+@each_case
+def test_one_tensor_without_data_is_refused(case):
+    function, arguments = made(case, grad=False)
+    for name in leaves(made(case)[1]):
+        with pytest.raises(pentad.DeviceError, match="meta") as caught:
+            function(**arguments | {name: arguments[name].to("meta")})
+        assert str(caught.value).startswith(f"[{NAMES[function]}]")
 
 
 def test_the_public_names():

@@ -21,6 +21,7 @@ from scan_raw import (
     draw_conv_indexed,
     draw_conv_packed,
     draw_conv_update,
+    draw_few_rows,
     draw_packed,
     draw_recurrence_backward,
     draw_scan,
@@ -367,6 +368,26 @@ def test_heads_and_groups_of_a_step():
     refuses("selective_state_update", args, ValueError, "B has 3 groups but 4 heads")
     args = draw_state_update() | {"B": four[:, :0], "C": four[:, :0]}
     refuses("selective_state_update", args, ValueError, "B has 0 groups")
+
+
+@pytest.mark.parametrize("rows", [0, 9])
+def test_rows_of_a_projection(rows):
+    args = draw_few_rows()
+    args |= {n: args[n][:1].repeat(rows, 1) for n in ("x", "out")}
+    refuses(
+        "few_rows_linear", args, ValueError, rf"x has shape \({rows}, 6\), expected 1 to 8 rows"
+    )
+
+
+def test_weights_of_a_projection():
+    args = draw_few_rows()
+    args["weight"] = args["weight"].T.contiguous().T
+    refuses("few_rows_linear", args, ValueError, "weight has stride 5 along its rows, expected 1")
+    one = draw_few_rows() | {"weight": torch.randn(1, LENGTH).T, "x": torch.randn(BATCH, 1)}
+    run("few_rows_linear", one)
+    torch.testing.assert_close(
+        one["out"], torch.nn.functional.linear(one["x"], one["weight"], one["bias"])
+    )
 
 
 def test_gates_that_are_constant_over_time():

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from torch.nn.functional import linear  # noqa: E402
 
-from pentad.scan import reference  # noqa: E402
+from pentad.scan import modules, reference  # noqa: E402
 
 DIM, BATCH, LENGTH = 16, 2, 11
 OPTIONS = {
@@ -141,6 +141,111 @@ def test_gradients_through_pieces_are_those_of_the_whole():
         torch.autograd.grad(torch.cat(outs, 1).sin().sum(), leaves),
         torch.autograd.grad(layer(x).sin().sum(), leaves),
     )
+
+
+# --- Projections of a step ------------------------------------------------------------------------
+
+ROUNDING = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The shapes of x that the kernel for few rows is given."""
+    operator, shapes = modules.autograd.few_rows_linear, []
+
+    def kept(x, weight, bias):
+        shapes.append(tuple(x.shape))
+        return operator(x, weight, bias)
+
+    monkeypatch.setattr(modules.autograd, "few_rows_linear", kept)
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("outputs", [1, 7, 16, 90])
+@pytest.mark.parametrize("inputs", [1, 5, 48, 64, 131])
+def test_a_few_rows_are_those_of_linear(isa, few_rows, dtype, outputs, inputs):
+    for rows in range(1, 10):
+        x = torch.randn(rows, inputs).to(dtype)
+        weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+        sizes = linear(x.double().abs(), weight.double().abs(), bias.double().abs())
+        gaps = torch.randn(outputs, inputs + 3).to(dtype)
+        gaps[:, :inputs] = weight
+        for given in (x, x.T.contiguous().T, x.repeat_interleave(2, 1)[:, ::2]):
+            for by in (weight, gaps[:, :inputs], weight.T.contiguous().T):
+                few_rows.clear()
+                got = modules._linear(given, by, bias)
+                assert bool(few_rows) == (rows <= 8 and by.stride(1) == 1)
+                want = linear(x.double(), weight.double(), bias.double())
+                error = (got.double() - want).abs()
+                assert got.dtype == dtype
+                assert (error <= ROUNDING[dtype] * want.abs() + 2e-6 * sizes).all()
+                if few_rows:  # each row as if alone
+                    assert torch.equal(got[:1], modules._linear(given[:1], by, bias))
+
+
+def test_a_projection_of_many_pieces_has_the_same_bits_for_any_number_of_threads(few_rows, threads):
+    x, weight = torch.randn(3, 700), torch.randn(1000, 700)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        results.append(modules._linear(x, weight))
+    torch.testing.assert_close(results[0], linear(x, weight), rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert few_rows == [(3, 700)] * 3
+
+
+def step_of(layer, batch=BATCH, dtype=torch.float32):
+    x = torch.randn(batch, 1, DIM, dtype=dtype)
+    return layer.step(x, *layer.allocate_inference_cache(batch, 1))[0], x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [*ROUNDING, torch.float64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("batch", [1, 8, 9])
+@each_option
+def test_a_step_goes_through_the_kernel_for_few_rows(few_rows, option, batch, dtype):
+    layer = mamba(option, dtype=dtype)
+    out, x = step_of(layer, batch, dtype)
+    assert len(few_rows) == (4 if batch <= 8 and dtype != torch.float64 else 0)
+    close = {} if dtype in (torch.float32, torch.float64) else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(out, layer(x), **close)
+
+
+def test_a_step_that_needs_gradients_or_a_layer_of_another_kind_goes_through_linear(few_rows):
+    layer = mamba()
+    out, _ = step_of(layer)
+    assert out.requires_grad
+    assert not few_rows
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            step_of(layer)
+        assert not few_rows
+
+        calls = []
+        handle = layer.in_proj.register_forward_hook(lambda *given: calls.append(given))
+        step_of(layer)
+        assert (len(calls), len(few_rows)) == (1, 3)
+        handle.remove()
+        layer.out_proj.register_forward_pre_hook(lambda *given: calls.append(given))
+        step_of(layer)
+        assert (len(calls), len(few_rows)) == (2, 6)
+
+        class Doubled(torch.nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        other = mamba()
+        plain, x = step_of(other)
+        other.out_proj.__class__ = Doubled
+        few_rows.clear()
+        states = other.allocate_inference_cache(BATCH, 1)
+        torch.testing.assert_close(other.step(x, *states)[0], 2 * plain)
+        assert len(few_rows) == 3
+        other.out_proj.__class__ = torch.nn.Linear
+        other.out_proj.forward = lambda x: torch.zeros_like(x)[:, :DIM]
+        assert not other.step(x, *states)[0].any()
 
 
 # --- Checkpoints and initialisation ---------------------------------------------------------------

@@ -113,6 +113,15 @@ def test_initial_states_are_broadcast(dtype, h0_shape):
         check(recurrence_problem(dtype, shape, h0_shape=h0_shape, dim=dim))
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_the_layout_is_that_of_the_input(rank):
+    for order in itertools.permutations(range(rank)):
+        x = torch.randn([2, 3, 4][:rank]).permute(order)
+        for dim in range(rank):
+            h = scan.linear_recurrence(torch.rand(()), x, dim=dim)
+            assert h.stride() == x.stride()
+
+
 @kinds
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -4, -3, -2, -1])
 @pytest.mark.parametrize("layout", ["contiguous", "reversed_dims", "transposed", "repeated"])

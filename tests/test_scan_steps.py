@@ -99,6 +99,13 @@ def test_state_update_of_rows(gradients, rows, shape):
         assert torch.equal(results["out1"][row], problem.inputs["state"][row])
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("groups", [0, 1])
+@pytest.mark.parametrize("shape", [(0, 17), (0, 2, 8), (3, 2, 0)])
+def test_state_update_of_nothing(gradients, groups, shape):
+    check(update_problem(torch.float32, shape, groups=groups), gradients=gradients)
+
+
 @dtypes
 @pytest.mark.parametrize("gradients", [False, True])
 def test_state_update_of_tied_heads(dtype, gradients):

@@ -21,6 +21,8 @@ from scan_api_cases import (  # noqa: E402
 )
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from pentad.scan.autograd import few_rows_linear  # noqa: E402
+
 each_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -128,6 +130,15 @@ def test_opcheck(case):
         checks += ("test_aot_dispatch_dynamic",)
     for operator, given in {str(o): (o, given) for o, given in caught.calls}.values():
         torch.library.opcheck(operator, given, test_utils=checks)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opcheck_of_a_projection(rows, dtype):
+    weight, bias = torch.randn(5, 2 * D, dtype=dtype)[:, :D], torch.randn(5, dtype=dtype)
+    for x in (torch.randn(rows, D, dtype=dtype), torch.randn(D, rows, dtype=dtype).T):
+        torch.library.opcheck(few_rows_linear, (x, weight, bias))
+        torch.library.opcheck(few_rows_linear, (x, weight, None))
 
 
 @each_case

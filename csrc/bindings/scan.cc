@@ -159,17 +159,22 @@ void py_state_update(const TensorView& state, const TensorView& x, const TensorV
                      const Optional& d, const Optional& z, const Optional& dt_bias, bool softplus,
                      const Optional& rows, const TensorView& out) {
   if (state.rank == 3) {
-    // Of another rank than without heads: refused below.
-    const auto head = [](const TensorView& view, int rank, int position) {
-      return view.rank == rank ? expanded(view, position) : TensorView(view);
+    const auto head = [](const char* name, const TensorView& view, int rank, int position) {
+      expect(view, "selective_state_update", name, {view.dtype}, rank);
+      return expanded(view, position);
     };
-    const auto optional_head = [&](const Optional& view, int rank, int position) -> Optional {
-      return view ? Optional(head(*view, rank, position)) : std::nullopt;
+    const auto optional_head = [&](const char* name, const Optional& view, int rank,
+                                   int position) -> Optional {
+      return view ? Optional(head(name, *view, rank, position)) : std::nullopt;
     };
-    return py_state_update(expanded(state, 1), head(x, 2, 1), head(dt, 2, 1), head(a, 2, 0),
-                           head(b, 2, 1), head(c, 2, 1), optional_head(d, 1, 0),
-                           optional_head(z, 2, 1), optional_head(dt_bias, 1, 0), softplus, rows,
-                           head(out, 2, 1));
+    // B and C may have their one group.
+    const auto group = [&](const char* name, const TensorView& view) {
+      return view.rank == 3 ? TensorView(view) : TensorView(head(name, view, 2, 1));
+    };
+    return py_state_update(
+        expanded(state, 1), head("x", x, 2, 1), head("dt", dt, 2, 1), head("A", a, 2, 0),
+        group("B", b), group("C", c), optional_head("D", d, 1, 0), optional_head("z", z, 2, 1),
+        optional_head("dt_bias", dt_bias, 1, 0), softplus, rows, head("out", out, 2, 1));
   }
   Arguments s("selective_state_update", false);
   s.set_dtype(x, "x", 3, false);
@@ -198,6 +203,29 @@ void py_state_update(const TensorView& state, const TensorView& x, const TensorV
   p.out = s.output(out, "out", {s.dtype()}, like_x);
   s.writes.finish();
   state_update(p);
+}
+
+// --- Projections of a step -------------------------------------------------------------------------
+
+void py_few_rows_linear(const TensorView& x, const TensorView& weight, const Optional& bias,
+                        const TensorView& out) {
+  Arguments s("few_rows_linear", false);
+  s.set_dtype(x, "x", 2, false);
+  expect(weight, s.op(), "weight", {weight.dtype}, 2);
+  FewRowsLinear p;
+  p.rows = x.shape[0], p.inputs = x.shape[1], p.outputs = weight.shape[0];
+  if (p.rows < 1 || p.rows > kMostRows)
+    s.refuse("x has shape " + shape_text(x) + ", expected 1 to " + std::to_string(kMostRows) +
+             " rows");
+  p.x = s.input(x, "x", {s.dtype()}, {p.rows, p.inputs});
+  p.weight = s.input(weight, "weight", {s.dtype()}, {p.outputs, p.inputs});
+  if (p.inputs > 1 && p.weight.stride[1] != 1)
+    s.refuse("weight has stride " + std::to_string(p.weight.stride[1]) +
+             " along its rows, expected 1");
+  p.bias = s.input(bias, "bias", {s.dtype()}, {p.outputs});
+  const Operand to = s.output(out, "out", {s.dtype()}, {p.rows, p.outputs});
+  s.writes.finish();
+  few_rows_linear(p, to);
 }
 
 // --- Elementwise recurrence ------------------------------------------------------------------------
@@ -355,6 +383,7 @@ void bind_scan(py::module_& m) {
   m.def("selective_scan_forward", &py_scan_forward, release);
   m.def("selective_scan_backward", &py_scan_backward, release);
   m.def("selective_state_update", &py_state_update, release);
+  m.def("few_rows_linear", &py_few_rows_linear, release);
   m.def("recurrence_forward", &py_recurrence_forward, release);
   m.def("recurrence_backward", &py_recurrence_backward, release);
   m.def("causal_conv_forward", &py_conv_forward, release);

@@ -15,5 +15,6 @@
 #include "attention/attention_kernels.h"
 #include "hamming/hamming_kernels.h"
 #include "scan/causal_conv_kernels.h"
+#include "scan/few_rows_linear_kernels.h"
 #include "scan/scan_kernels.h"
 #include "scan/state_update_kernels.h"

@@ -43,7 +43,7 @@ struct Operand {
 //
 // Decays are never divided: w takes h_{t-1} as it is, so decays of exactly 0 are exact.
 // Error budget: everything is fp32 between the reading of u, delta, z, B, C and the rounding of
-// out; exp is right to 1.5e-7 relative to the rounded product dt A.
+// out; exp is right to 2e-7, relative to the rounded product dt A.
 struct SelectiveScan {
   int64_t batch = 0, dim = 0, length = 0, states = 0, groups = 1;
   bool complex = false, softplus = false, reverse = false;
@@ -94,6 +94,20 @@ struct StateUpdate {
   std::vector<int64_t> rows;
 };
 void state_update(const StateUpdate&);
+
+// --- Projections of a step ------------------------------------------------------------------------
+//
+//   out_ro = sum_i x_ri weight_oi + bias_o
+//
+// for a few rows, where reading the weights is what costs time: each is read from memory once. Sums
+// in fp32, 4 * lanes partial ones; a row's result does not depend on the rows beside it.
+constexpr int64_t kMostRows = 8;
+struct FewRowsLinear {
+  int64_t rows = 1, inputs = 0, outputs = 0;  // 1 to kMostRows rows
+  Operand x;                                  // (r, i): f32, bf16, f16 or f64
+  Operand weight, bias;  // (o, i), stride[1] == 1, and (o): dtype of x; bias may be absent
+};
+void few_rows_linear(const FewRowsLinear&, const Operand& out);  // (r, o), dtype of x
 
 // --- Elementwise recurrence -----------------------------------------------------------------------
 //
@@ -168,6 +182,7 @@ void reference_selective_scan_forward(const SelectiveScan&, const Operand& out,
                                       const Operand& last);
 void reference_selective_scan_backward(const SelectiveScan&, const SelectiveScanGradients&);
 void reference_state_update(const StateUpdate&);
+void reference_few_rows_linear(const FewRowsLinear&, const Operand& out);
 void reference_recurrence_forward(const Recurrence&, const Operand& h);
 void reference_recurrence_backward(const Recurrence&, const RecurrenceGradients&);
 void reference_causal_conv_forward(const CausalConv&, const Operand& out, const Operand& final);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner kernels that exist once per instruction-set level (*_simd.inc), as plain structs and
-// function pointers. selective_scan.cc, recurrence.cc, causal_conv.cc and state_update.cc drive them.
+// function pointers. selective_scan.cc, recurrence.cc, causal_conv.cc, state_update.cc and
+// few_rows_linear.cc drive them.
 #pragma once
 #include <stdint.h>
 
@@ -75,12 +76,14 @@ static constexpr int64_t selective_scratch(int64_t channels, int64_t states) {
   return (channels + kMaxLanes) * states * 5 + kChunk * (4 * states + 8 * (states / 4 + 3)) + 64;
 }
 
-// causal_conv_kernels.h, state_update_kernels.h
+// causal_conv_kernels.h, state_update_kernels.h, few_rows_linear_kernels.h
 struct ConvTapsJob;
 struct ConvForwardJob;
 struct ConvBackwardJob;
 struct ConvUpdateJob;
 struct StateUpdateJob;
+struct FewRowsJob;
+struct FewRowsInputs;
 
 // Real and imaginary part; the second is unused where numbers are real.
 struct Parts {
@@ -107,6 +110,8 @@ struct Kernels {
   void (*conv_backward)(const ConvBackwardJob&);
   void (*conv_update)(const ConvUpdateJob&);
   void (*state_update)(const StateUpdateJob&);
+  void (*few_rows_inputs)(const FewRowsInputs&);
+  void (*few_rows_linear)(const FewRowsJob&);
   void (*selective_forward)(const SelectiveForwardJob&);
   void (*selective_backward)(const SelectiveBackwardJob&);
   void (*recurrence_forward)(const RecurrenceJob&);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The definitions in scan.h, as loops: the selective scan, its one-token step, the elementwise
-// recurrence.
+// The definitions in scan.h, as loops: the selective scan, its one-token step and the projections of
+// that, the elementwise recurrence.
 #include "scan/scan_reference.h"
 
 namespace pentad::scan {
@@ -283,6 +283,16 @@ void reference_state_update(const StateUpdate& p) {
         put(p.state, state, row, h, i, n);
       }
       put(p.out, p.z.data ? y * silu(at(p.z, b, h, i)) : y, b, h, i);
+    }
+  });
+}
+
+void reference_few_rows_linear(const FewRowsLinear& p, const Operand& out) {
+  for_each_task(p.outputs, p.rows * p.outputs * p.inputs, [&](int64_t o) {
+    for (int64_t r = 0; r < p.rows; ++r) {
+      double sum = p.bias.data ? at(p.bias, o) : 0;
+      for (int64_t i = 0; i < p.inputs; ++i) sum += at(p.x, r, i) * at(p.weight, o, i);
+      put(out, sum, r, o);
     }
   });
 }

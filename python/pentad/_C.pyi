@@ -208,6 +208,7 @@ def selective_state_update(
     rows: Array | None,
     out: Array,
 ) -> None: ...
+def few_rows_linear(x: Array, weight: Array, bias: Array | None, out: Array) -> None: ...
 def recurrence_forward(
     a: Array,
     x: Array,

@@ -185,6 +185,39 @@ void check_state_update(DType dtype) {
       [&](Arrays& to) { state_update(at(to)); });
 }
 
+// --- Projections of a step -------------------------------------------------------------------------
+
+struct LinearCase : Case<FewRowsLinear> {
+  explicit LinearCase(DType type) : Case(type, false) {
+    p.rows = pick(1, kMostRows);
+    // Less than a vector, several, a rest; and what is shared by threads.
+    const bool large = chance(0.1);
+    p.inputs = large ? pick(600, 1600) : chance(0.3) ? 64 * pick(0, 3) : pick(0, 200);
+    p.outputs = large ? pick(300, 700) : chance(0.3) ? 8 * pick(0, 5) : pick(0, 70);
+    size("r", p.rows), size("i", p.inputs), size("o", p.outputs);
+    text = std::string(" linear ") + dtype_text(dtype) + text;
+    natural = 1 + std::sqrt(static_cast<double>(p.inputs));
+    const auto one = [] { return normal(); };
+    add("x", dtype, {p.rows, p.inputs}, one);
+    const int64_t gap = option("gap", 0.3) ? pick(1, 9) : 0;
+    in.add("weight", {dtype, {p.outputs, p.inputs + gap}}).fill(one);
+    if (option("bias", 0.5)) add("bias", dtype, {p.outputs}, one);
+    p.x = in["x"], p.weight = in["weight"], p.bias = in["bias"];
+    if (option("shared", 0.1)) p.weight.stride[0] = 0;
+  }
+  LinearCase(const LinearCase&) = delete;
+};
+
+void check_linear(DType dtype) {
+  const LinearCase c(dtype);
+  Arrays blank;
+  blank.add("out", {dtype, {c.p.rows, c.p.outputs}, false});
+  check_results(
+      c.text, blank, c.natural, c.p.inputs,
+      [&](Arrays& to) { reference_few_rows_linear(c.p, to["out"]); },
+      [&](Arrays& to) { few_rows_linear(c.p, to["out"]); });
+}
+
 // --- Elementwise recurrence ------------------------------------------------------------------------
 
 void check_recurrence(DType dtype) {
@@ -266,6 +299,7 @@ int main(int argc, char** argv) {
       if (dtype == DType::f64 && round % 8) continue;
       check_scan(dtype);
       check_state_update(dtype);
+      check_linear(dtype);
       check_recurrence(dtype);
       check_conv(dtype);
       check_conv_update(dtype);

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of `pentad.attention`, their shape functions, and the gradient."""
 
-import inspect
-
 import torch
 
-from pentad._ops import define
+from pentad._ops import define, forward_mode, quick_apply
 from pentad.attention import _kernels
 
 # Defaults are what makes a call cheap: those at the end need not be carried to the kernel.
@@ -70,6 +68,7 @@ _DIFFERENTIABLE = 6  # q, k, v, bias, key_bias, sink
 _LISTS = 7  # index in the options of `mask`, the one that is not one tensor
 
 
+@quick_apply
 class _Attention(torch.autograd.Function):
     """`forward` with its gradient; keeps the inputs, out and lse, nothing of size Sq x Sk.
 
@@ -113,10 +112,6 @@ class _Attention(torch.autograd.Function):
         return (None, *given, *(None,) * (len(wants) - 1 - len(given)))
 
 
-# `apply` asks for it at each call, and takes a quarter of its time to find it out.
-_Attention.forward.__signature__ = inspect.signature(_Attention.forward)
-
-
 class _Once(torch.autograd.Function):
     """The identity on the first tensors, which depends on all and refuses to be differentiated."""
 
@@ -135,6 +130,8 @@ class _Once(torch.autograd.Function):
 
 def needs_grad(q, k, v):
     """Whether `plain` will not do; `pentad._ops.needs_grad` would take four times as long."""
+    if forward_mode():
+        return True
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
@@ -144,8 +141,12 @@ def attention(q, k, v, settings=(), options=(), more=()):
     `settings` end with top_left or key_mass, `options` are the tensors and `more` what follows;
     all are left out where they are the defaults.
     """
-    if torch.is_grad_enabled():
+    wanted = forward_mode()
+    if not wanted and torch.is_grad_enabled():
         for tensor in (q, k, v, *options[:3]):
             if tensor is not None and tensor.requires_grad:
-                return _Attention.apply((settings, more), q, k, v, *options)
+                wanted = True
+                break
+    if wanted:
+        return _Attention.apply((settings, more), q, k, v, *options)
     return forward(q, k, v, *settings, *options, *more)

@@ -10,6 +10,7 @@ from pentad._errors import DeviceError
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 _INTEGERS = (torch.int32, torch.int64)
+MAX_WIDTH = 64  # of a convolution
 
 
 def name_of(dtype):
@@ -103,6 +104,23 @@ def parameter(op, name, tensor, dtype, shape, *, whose="u"):
     return tensor.to(dtype)
 
 
+def weights(op, weight, bias, dtype, dim):
+    """Of a convolution: checked, and float64 beside float64."""
+    check_tensor(op, "weight", weight)
+    if weight.ndim != 2 or weight.shape[0] != dim:
+        raise ValueError(f"[{op}] weight has shape {tuple(weight.shape)}, expected ({dim}, W)")
+    if not 1 <= weight.shape[1] <= MAX_WIDTH:
+        raise ValueError(f"[{op}] weight has width {weight.shape[1]}, expected 1 to {MAX_WIDTH}")
+    if dtype == torch.float64 or weight.dtype == torch.float64:
+        weight = parameter(op, "weight", weight, accumulator(dtype), weight.shape, whose="x")
+    if bias is not None:
+        check_tensor(op, "bias", bias)
+        check_shape(op, "bias", bias, (dim,))
+        if dtype == torch.float64 or bias.dtype == torch.float64:
+            bias = parameter(op, "bias", bias, accumulator(dtype), (dim,), whose="x")
+    return weight, bias
+
+
 def promoted(*tensors):
     """Under autocast: all in the widest dtype among them, so that nothing is rounded."""
     widest = None
@@ -146,6 +164,10 @@ def check_state_update(op, state, x, dt, A, B, C, D, z, dt_bias, rows):
             check_dtype(op, name, tensor, x.dtype, "x")
             check_shape(op, name, tensor, x.shape)
     check_shape(op, "A", A, (*heads, states))
+    if real_of(A.dtype) == torch.float64 != x.dtype:
+        raise TypeError(
+            f"[{op}] A has dtype {name_of(A.dtype)}, expected it only where x has float64"
+        )
     groups = B.shape[1] if isinstance(B, torch.Tensor) and B.ndim == 3 else 1
     for name, tensor in (("B", B), ("C", C)):
         check_tensor(op, name, tensor, (*FLOATS, *COMPLEX) if A.is_complex() else FLOATS)
@@ -167,7 +189,6 @@ def check_conv_update(op, x, state, weight, bias, positions, rows):
     """All that further steps of a convolution must have in common."""
     check_tensor(op, "x", x)
     check_tensor(op, "conv_state", state)
-    check_tensor(op, "weight", weight)
     check_devices(
         op, ("x", x), conv_state=state, weight=weight, bias=bias, cache_seqlens=positions,
         conv_state_indices=rows,
@@ -176,17 +197,13 @@ def check_conv_update(op, x, state, weight, bias, positions, rows):
     if x.ndim not in (2, 3):
         raise ValueError(f"[{op}] x has shape {tuple(x.shape)}, expected (B, D) or (B, D, L)")
     batch, dim = x.shape[:2]
-    if weight.ndim != 2 or weight.shape[0] != dim:
-        raise ValueError(f"[{op}] weight has shape {tuple(weight.shape)}, expected ({dim}, W)")
+    weights(op, weight, bias, x.dtype, dim)
     width = weight.shape[1]
     if state.ndim != 3 or state.shape[1] != dim or state.shape[2] < width - 1:
         raise ValueError(
             f"[{op}] conv_state has shape {tuple(state.shape)}, "
             f"expected (S, {dim}, M) with M at least {width - 1}"
         )
-    if bias is not None:
-        parameter(op, "bias", bias, accumulator(x.dtype), (dim,), whose="x")
-    parameter(op, "weight", weight, accumulator(x.dtype), weight.shape, whose="x")
     if positions is not None:
         check_integers(op, "cache_seqlens", positions, (batch,))
     _check_rows(op, "conv_state_indices", rows, batch, "conv_state", state)

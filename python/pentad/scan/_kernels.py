@@ -118,14 +118,30 @@ def state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus, rows):
     return out
 
 
+def few_rows_linear(x, weight, bias):
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    _C.few_rows_linear(x, weight, bias, out)
+    return out
+
+
 def cache_rows(op, name, rows, size):
     """Rows of a cache as indices, with `size` for padding."""
     live = rows[rows >= 0]
     if live.numel() and live.max() >= size:
         raise ValueError(f"[{op}] {name} holds {int(live.max())}, but there are {size} rows")
-    if live.unique().numel() != live.numel():
-        raise ValueError(f"[{op}] {name} has a row twice")
+    used, counts = live.unique(return_counts=True)
+    if used.numel() != live.numel():
+        raise ValueError(f"[{op}] {name} has row {int(used[counts > 1][0])} twice")
     return rows.long().where(rows >= 0, size)
+
+
+def cache_positions(op, positions, steps):
+    """How many inputs came before these steps."""
+    most = torch.iinfo(torch.int64).max - steps
+    for position in positions.tolist():
+        if not 0 <= position <= most:
+            raise ValueError(f"[{op}] cache_seqlens holds {position}, expected 0 or more")
+    return positions.long().clone()
 
 
 # --- Elementwise recurrence -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pentad._ops import needs_grad
 from pentad.scan import autograd
-from pentad.scan._checks import check_devices, check_dtype, check_rank, check_shape, check_tensor
+from pentad.scan._checks import check_devices, check_dtype, check_shape, check_tensor
 from pentad.scan.functional import canonical, promoted_inputs
 
 _ELEMENTS = 1 << 22  # of a tile's answers, (sources, D, steps)
@@ -80,7 +80,7 @@ def attention_matrix(
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
     RuntimeError
-        For a second derivative.
+        For a second derivative, or one of forward mode.
 
     Examples
     --------
@@ -99,9 +99,9 @@ def attention_matrix(
         )
     if torch.is_autocast_enabled("cpu"):
         u, delta, z, B, C = promoted_inputs(u, delta, z, B, C)
-    check_tensor(op, "delta", delta)
-    check_rank(op, "delta", delta, 3, "(B, D, L)")
-    delta, _, A, B, C, D, z, delta_bias = canonical(op, delta, delta, A, B, C, D, z, delta_bias)
+    delta, _, A, B, C, D, z, delta_bias = canonical(
+        op, delta, delta, A, B, C, D, z, delta_bias, first="delta"
+    )
     if u is not None:
         check_tensor(op, "u", u)
         check_devices(op, ("delta", delta), u=u)

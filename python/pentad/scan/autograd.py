@@ -3,7 +3,8 @@
 
 import torch
 
-from pentad._ops import define, needs_grad
+from pentad._errors import DeviceError
+from pentad._ops import define, needs_grad, quick_apply
 from pentad.scan import _kernels
 
 _SCAN = (
@@ -42,6 +43,14 @@ def _fake_conv_backward(d_out, d_final, x, weight, bias, initial, *rest):
     return _kernels.conv_gradients(written, weight, bias)
 
 
+def _fake_step(op, x, *arguments):
+    """The steps run without a look at devices: one meta tensor among others leads here."""
+    for tensor in arguments:
+        if isinstance(tensor, torch.Tensor) and tensor.device != x.device:
+            raise DeviceError(f"[{op}] x is on {x.device} but another tensor on {tensor.device}")
+    return torch.empty_like(x)
+
+
 # --- Operators ------------------------------------------------------------------------------------
 
 scan_forward = define(
@@ -60,12 +69,22 @@ state_update = define(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
     "Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus, Tensor? rows) -> Tensor",
     _kernels.state_update,
-    lambda state, x, *rest: torch.empty_like(x),
+    lambda state, x, *rest: _fake_step("selective_state_update", x, state, *rest),
+)
+few_rows_linear = define(
+    "few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _kernels.few_rows_linear,
+    lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
 )
 cache_rows = define(
     "scan_cache_rows(str op, str name, Tensor rows, SymInt size) -> Tensor",
     _kernels.cache_rows,
     lambda op, name, rows, size: torch.empty_like(rows, dtype=torch.int64),
+)
+cache_positions = define(
+    "scan_cache_positions(str op, Tensor positions, SymInt steps) -> Tensor",
+    _kernels.cache_positions,
+    lambda op, positions, steps: torch.empty_like(positions, dtype=torch.int64),
 )
 recurrence_forward = define(
     "linear_recurrence(Tensor a, Tensor x, Tensor? h0, bool log_space, bool reverse) -> Tensor",
@@ -93,7 +112,7 @@ conv_update = define(
     "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, "
     "Tensor? rows, Tensor? positions) -> Tensor",
     _kernels.conv_update,
-    lambda x, *rest: torch.empty_like(x),
+    lambda x, *rest: _fake_step("causal_conv1d_update", x, *rest),
 )
 
 
@@ -124,6 +143,7 @@ def _spread(op, grads, wanted, inputs):
     return tuple(next(grads) if want else None for want in wanted)
 
 
+@quick_apply
 class _SelectiveScan(torch.autograd.Function):
     """Keeps the inputs and every `_kernels.CHUNK`-th state."""
 
@@ -162,6 +182,7 @@ def selective_scan(*arguments):
     return scan_forward(*arguments, False)
 
 
+@quick_apply
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(settings, a, x, h0):
@@ -187,6 +208,7 @@ def linear_recurrence(a, x, h0, *settings):
     return recurrence_forward(a, x, h0, *settings)
 
 
+@quick_apply
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(settings, *tensors):

@@ -25,10 +25,8 @@ from pentad.scan._checks import (
     parameter,
     promoted,
     real_of,
+    weights,
 )
-
-MAX_WIDTH = 64
-
 
 # --- Selective scan -------------------------------------------------------------------------------
 
@@ -104,7 +102,7 @@ def selective_scan(
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
     RuntimeError
-        For a second derivative.
+        For a second derivative, or one of forward mode.
 
     Examples
     --------
@@ -135,29 +133,30 @@ def selective_scan(
     return (out, last) if return_last_state else out
 
 
-def canonical(op, u, delta, A, B, C, D, z, delta_bias):
-    """The tensors of a scan, checked, in the dtypes and with the dimensions that kernels take."""
-    check_tensor(op, "u", u)
-    check_rank(op, "u", u, 3, "(B, D, L)")
-    check_devices(
-        op, ("u", u), delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias
-    )  # fmt: skip
+def canonical(op, u, delta, A, B, C, D, z, delta_bias, *, first="u"):
+    """The tensors of a scan, checked, in the dtypes and with the dimensions that kernels take.
+
+    `first` is the caller's name of `u`, by which the others are judged.
+    """
+    check_tensor(op, first, u)
+    check_rank(op, first, u, 3, "(B, D, L)")
+    check_devices(op, (first, u), delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     dtype, dim = u.dtype, u.shape[1]
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None or name == "delta":
             check_tensor(op, name, tensor)
-            check_dtype(op, name, tensor, dtype, "u")
+            check_dtype(op, name, tensor, dtype, first)
             check_shape(op, name, tensor, tuple(u.shape))
     wide = accumulator(dtype)
-    A = _transition(op, A, wide, dim)
-    B = _coefficient(op, "B", B, A, u)
-    C = _coefficient(op, "C", C, A, u)
+    A = _transition(op, A, wide, dim, first)
+    B = _coefficient(op, "B", B, A, u, first)
+    C = _coefficient(op, "C", C, A, u, first)
     if B.ndim > 2 and C.ndim > 2 and B.shape[1] != C.shape[1]:
         raise ValueError(f"[{op}] C has {C.shape[1]} groups but B has {B.shape[1]}")
     if D is not None:
-        D = parameter(op, "D", D, wide, (dim,))
+        D = parameter(op, "D", D, wide, (dim,), whose=first)
     if delta_bias is not None:
-        delta_bias = parameter(op, "delta_bias", delta_bias, wide, (dim,))
+        delta_bias = parameter(op, "delta_bias", delta_bias, wide, (dim,), whose=first)
     return u, delta, A, B, C, D, z, delta_bias
 
 
@@ -169,7 +168,7 @@ def promoted_inputs(u, delta, z, B, C):
     return u, delta, z, B, C
 
 
-def _transition(op, A, wide, dim):
+def _transition(op, A, wide, dim, first):
     check_tensor(op, "A", A, (*FLOATS, *COMPLEX))
     if A.ndim != 2 or A.shape[0] != dim or A.shape[1] < 1:
         raise ValueError(f"[{op}] A has shape {tuple(A.shape)}, expected ({dim}, N), N at least 1")
@@ -178,12 +177,12 @@ def _transition(op, A, wide, dim):
         return A
     if A.dtype in (torch.float64, torch.complex128):
         raise TypeError(
-            f"[{op}] A has dtype {name_of(A.dtype)}, expected it only where u has float64"
+            f"[{op}] A has dtype {name_of(A.dtype)}, expected it only where {first} has float64"
         )
     return A.to(dtype)
 
 
-def _coefficient(op, name, tensor, A, u):
+def _coefficient(op, name, tensor, A, u, first):
     """B or C as (D, N), or (B, G, N, L), real ones beside complex A (B, G, N, L, 2)."""
     check_tensor(op, name, tensor, (*FLOATS, *COMPLEX))
     (batch, dim, length), states, is_complex = u.shape, A.shape[1], tensor.is_complex()
@@ -196,7 +195,7 @@ def _coefficient(op, name, tensor, A, u):
         if tensor.dtype in (torch.float64, torch.complex128) and u.dtype != torch.float64:
             raise TypeError(
                 f"[{op}] {name} has dtype {name_of(tensor.dtype)}, "
-                "expected it only where u has float64"
+                f"expected it only where {first} has float64"
             )
         return tensor.to(A.dtype)
     if is_complex:
@@ -205,11 +204,11 @@ def _coefficient(op, name, tensor, A, u):
             if u.dtype in (torch.float32, torch.float64):
                 expected = f"expected {name_of(complex_of(u.dtype))}"
             raise TypeError(
-                f"[{op}] {name} has dtype {name_of(tensor.dtype)} but u has {name_of(u.dtype)}, "
-                f"{expected}"
+                f"[{op}] {name} has dtype {name_of(tensor.dtype)} but {first} has "
+                f"{name_of(u.dtype)}, {expected}"
             )
     else:
-        check_dtype(op, name, tensor, u.dtype, "u")
+        check_dtype(op, name, tensor, u.dtype, first)
     pairs = A.is_complex() and not is_complex
     steps = 2 * length if pairs else length
     if tensor.ndim == 3:
@@ -265,7 +264,8 @@ def linear_recurrence(a, x, h0=None, *, reverse=False, dim=-1, log_space=False):
         The gates, in x's dtype; real ones beside complex `x` are converted. One step along `dim` is
         a gate that is constant over time, and costs no more memory than that.
     x : (..., L, ...) float32, bfloat16, float16, float64, complex64 or complex128
-        Of any strides; time is along `dim`.
+        Of any strides; time is along `dim`. Under ``torch.autocast`` `a`, `x` and `h0` are taken in
+        the widest dtype among them.
     h0 : broadcastable to the shape of `x` without `dim`, optional
         The state before the first step, in x's dtype; by default zeros.
     reverse : bool
@@ -276,7 +276,7 @@ def linear_recurrence(a, x, h0=None, *, reverse=False, dim=-1, log_space=False):
 
     Returns
     -------
-    h : the shape, dtype and layout of `x`
+    h : the shape and dtype of `x`, and up to three dimensions its layout
 
     Raises
     ------
@@ -287,7 +287,7 @@ def linear_recurrence(a, x, h0=None, *, reverse=False, dim=-1, log_space=False):
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
     RuntimeError
-        For a second derivative.
+        For a second derivative, or one of forward mode.
 
     Examples
     --------
@@ -446,8 +446,8 @@ def causal_conv1d(
     bias : (D,) float, optional
     activation : "silu" or "swish" (the same), optional
     initial_states : (B, D, W - 1), optional
-        The inputs before the first, the latest last, in x's dtype; by default zeros. With
-        `cu_seqlens` (S, D, W - 1).
+        The inputs before the first, the latest last, in x's dtype (to which ``torch.autocast``
+        rounds them); by default zeros. With `cu_seqlens` (S, D, W - 1).
     return_final_states : bool
     seq_idx : (B, L) int32, optional
         The sequence of each step: taps reach only steps of the same one. Rises along a row; a
@@ -472,7 +472,7 @@ def causal_conv1d(
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
     RuntimeError
-        For a second derivative.
+        For a second derivative, or one of forward mode.
 
     Examples
     --------
@@ -526,20 +526,3 @@ def is_silu(op, activation):
     if activation not in ("silu", "swish"):
         raise ValueError(f"[{op}] activation is {activation!r}, expected None, 'silu' or 'swish'")
     return True
-
-
-def weights(op, weight, bias, dtype, dim):
-    """Checked, and float64 beside float64."""
-    check_tensor(op, "weight", weight)
-    if weight.ndim != 2 or weight.shape[0] != dim:
-        raise ValueError(f"[{op}] weight has shape {tuple(weight.shape)}, expected ({dim}, W)")
-    if not 1 <= weight.shape[1] <= MAX_WIDTH:
-        raise ValueError(f"[{op}] weight has width {weight.shape[1]}, expected 1 to {MAX_WIDTH}")
-    if dtype == torch.float64 or weight.dtype == torch.float64:
-        weight = parameter(op, "weight", weight, accumulator(dtype), weight.shape, whose="x")
-    if bias is not None:
-        check_tensor(op, "bias", bias)
-        check_shape(op, "bias", bias, (dim,))
-        if dtype == torch.float64 or bias.dtype == torch.float64:
-            bias = parameter(op, "bias", bias, accumulator(dtype), (dim,), whose="x")
-    return weight, bias

@@ -6,8 +6,41 @@ import math
 import torch
 from torch.nn.functional import linear, pad
 
+from pentad._ops import needs_grad
+from pentad.scan import autograd
 from pentad.scan.functional import causal_conv1d, selective_scan
 from pentad.scan.update import causal_conv1d_update, selective_state_update
+
+_FEW_ROWS = 8  # that the kernel takes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _linear(x, weight, bias=None):
+    """`linear` of x (B, inputs), which for a few rows and without gradients reads faster."""
+    given = (x, weight) if bias is None else (x, weight, bias)
+    plain = (
+        0 < x.shape[0] <= _FEW_ROWS
+        and x.dtype in _DTYPES
+        and not torch.is_autocast_enabled("cpu")
+        and all(
+            type(t) in (torch.Tensor, torch.nn.Parameter)
+            and t.is_cpu
+            and t.dtype == x.dtype
+            and t.layout == torch.strided
+            for t in given
+        )
+        and weight.stride(1) == 1
+        and not needs_grad(*given)
+    )
+    return autograd.few_rows_linear(x, weight, bias) if plain else linear(x, weight, bias)
+
+
+def _project(layer, x):
+    """``layer(x)``; by `_linear` where the layer does nothing else."""
+    own = type(layer) is torch.nn.Linear and "forward" not in layer.__dict__
+    if own and not (layer._forward_hooks or layer._forward_pre_hooks):
+        return _linear(x, layer.weight, layer.bias)
+    return layer(x)
 
 
 class Mamba(torch.nn.Module):
@@ -169,16 +202,18 @@ class Mamba(torch.nn.Module):
                 f"[Mamba] hidden_states has shape {tuple(hidden_states.shape)}, "
                 f"expected (B, 1, {self.d_model})"
             )
-        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        x, z = _project(self.in_proj, hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(
             x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
         )
-        dt, B, C = self._step_sizes_and_matrices(x)
+        sizes = (self.dt_rank, self.d_state, self.d_state)
+        dt, B, C = _project(self.x_proj, x).split(sizes, -1)
+        dt = _linear(dt, self.dt_proj.weight)
         y = selective_state_update(
             ssm_state, x, dt, self._A(), B, C, self.D, z=z, dt_bias=self.dt_proj.bias,
             dt_softplus=True,
         )  # fmt: skip
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+        return _project(self.out_proj, y).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
         """Zero states (B, channels, d_conv) and (B, channels, d_state), whatever the length."""
@@ -196,7 +231,8 @@ class Mamba(torch.nn.Module):
         A_log = self.A_log
         if A_log.dtype in (torch.bfloat16, torch.float16):
             A_log = A_log.float()
-        return -A_log.exp()
+        A = A_log.exp()
+        return -A if A.requires_grad else A.neg_()
 
     def _step_sizes_and_matrices(self, x):
         """dt without its bias, B and C of (..., channels)."""

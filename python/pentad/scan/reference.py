@@ -100,7 +100,7 @@ def selective_state_update(
     if A.is_complex():
         B, C = B.to(A.dtype), C.to(A.dtype)
     x_t, dt_t, z_t = (None if t is None else t.flatten(1)[used][..., None] for t in (x, dt, z))
-    B_t, C_t = (m.reshape(m.shape[0], -1, N)[used][..., None] for m in (B, C))
+    B_t, C_t = (m[used][..., None] for m in (B, C))
     y, h = selective_scan(
         x_t,
         dt_t,
@@ -114,7 +114,7 @@ def selective_state_update(
         initial_state=state[rows].flatten(1, -2),
         return_last_state=True,
     )
-    state.index_copy_(0, rows, h.reshape(-1, *state.shape[1:]).to(state.dtype))
+    state.index_copy_(0, rows, h.reshape(len(rows), *state.shape[1:]).to(state.dtype))
     out = torch.zeros_like(x.flatten(1)).index_copy(0, used, y[..., 0])
     return out.reshape(x.shape)
 

@@ -8,6 +8,7 @@ whole sequences, whose last state is copied into the cache.
 
 import torch
 
+from pentad._ops import forward_mode
 from pentad.scan import autograd
 from pentad.scan._checks import (
     accumulator,
@@ -16,8 +17,9 @@ from pentad.scan._checks import (
     complex_of,
     parameter,
     promoted,
+    weights,
 )
-from pentad.scan.functional import causal_conv1d, is_silu, selective_scan, weights
+from pentad.scan.functional import causal_conv1d, is_silu, selective_scan
 
 
 def selective_state_update(
@@ -75,6 +77,8 @@ def selective_state_update(
         For sizes that do not fit together; rows out of range, or twice the same.
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
+    RuntimeError
+        For a second derivative, or one of forward mode.
 
     Examples
     --------
@@ -115,6 +119,8 @@ def selective_state_update(
 
 
 def _by_gradient(tensors):
+    if forward_mode():
+        return True
     return torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
     )
@@ -192,6 +198,7 @@ def causal_conv1d_update(
     Parameters
     ----------
     x : (B, D) or (B, D, L) float32, bfloat16, float16 or float64
+        Under ``torch.autocast`` it is taken in conv_state's dtype.
     conv_state : (S, D, M)
         Changed in place; in x's dtype, M at least W - 1. S is B unless `conv_state_indices` are
         given.
@@ -217,6 +224,8 @@ def causal_conv1d_update(
         For sizes that do not fit together; rows out of range, or twice the same.
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
+    RuntimeError
+        For a second derivative, or one of forward mode.
 
     Examples
     --------
@@ -258,6 +267,7 @@ def _conv_update(x, state, weight, bias, activation, positions, rows):
     latest, places = _gathered("causal_conv1d_update", "conv_state_indices", state, rows)
     ring = positions is not None and size > 0
     if ring:  # from the oldest to the newest
+        positions = autograd.cache_positions("causal_conv1d_update", positions, length)
         order = torch.arange(size, device=x.device)
         order = ((positions.unsqueeze(1) + order) % size).unsqueeze(1).expand(latest.shape)
         latest = latest.clone().gather(2, order)  # its backward pass looks at what it gathers from
