@@ -32,6 +32,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attention_memory
+import passes
 from attention_data import (
     Documents,
     Problem,
@@ -42,6 +43,7 @@ from attention_data import (
     visible,
 )
 from harness import Call, Case, Contender, Limit, Target, main
+from passes import Op
 
 PACKAGES = ("torch",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,29 +60,7 @@ TINY_SECONDS = 10e-6
 LONG = [(1, 8, length, dim) for length in (1024, 2048, 4096) for dim in (64, 128)]
 SHORT = [(8, 8, 256, 64), (4, 8, 512, 64)]
 
-Op = Callable[..., torch.Tensor]
-
-
 # What is timed: forward, both passes, the backward alone -----------------------------------------
-
-
-def forward(op: Op, leaves, d_out) -> Call:
-    def call():
-        with torch.no_grad():
-            return (op(*leaves),)
-
-    return call
-
-
-def training(op: Op, leaves, d_out) -> Call:
-    """Forward and backward."""
-    leaves = [x.detach().requires_grad_() for x in leaves]
-
-    def call():
-        out = op(*leaves)
-        return out, *torch.autograd.grad(out, leaves, d_out)
-
-    return call
 
 
 def backward(op: Op, leaves, d_out) -> Call:
@@ -89,7 +69,7 @@ def backward(op: Op, leaves, d_out) -> Call:
     return lambda: (out, *torch.autograd.grad(out, leaves, d_out, retain_graph=True))
 
 
-PASSES = {"forward": forward, "training": training, "backward": backward}
+PASSES = passes.PASSES | {"backward": backward}
 
 
 # Dense problems ----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from torch.nn.functional import silu, softplus
 
 import scan_memory
 from harness import Call, Case, Contender, Target, main
+from passes import PASSES, Op, training
 from scan_data import (
     Convolution,
     Recurrence,
@@ -66,32 +67,6 @@ CONVOLUTION = 4.0
 STEP = 3.0
 
 FLOP_PER_STATE = {"forward": 22, "training": 62}
-
-Op = Callable[..., torch.Tensor]
-
-
-# What is timed: forward, both passes -------------------------------------------------------------
-
-
-def forward(op: Op, leaves, d_out) -> Call:
-    def call():
-        with torch.no_grad():
-            return (op(*leaves),)
-
-    return call
-
-
-def training(op: Op, leaves, d_out) -> Call:
-    leaves = [x.detach().requires_grad_() for x in leaves]
-
-    def call():
-        out = op(*leaves)
-        return out, *torch.autograd.grad(out, leaves, d_out)
-
-    return call
-
-
-PASSES = {"forward": forward, "training": training}
 
 
 def check_problem(problem: Any, results) -> None:

@@ -8,61 +8,12 @@
 
 #include "attention/attention.h"
 #include "common/parallel.h"
+#include "common/reals.h"
 
 namespace pentad::attention {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-double from_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  double x;
-  if (exponent == 31) x = fraction ? NAN : kInfinity;
-  else if (exponent) x = std::ldexp(1024 + fraction, exponent - 25);
-  else x = std::ldexp(fraction, -24);
-  return bits >> 15 ? -x : x;
-}
-
-double from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
-
-// To the nearest number, ties to even, of a 16-bit format: `fraction` bits behind the point, and
-// the exponent of its least normal number. One rounding: by way of float there would be two.
-uint16_t to_16_bits(double x, int fraction, int least_exponent) {
-  const int sign = std::signbit(x) ? 0x8000 : 0;
-  const int infinity = (3 - 2 * least_exponent) << fraction;
-  if (std::isnan(x)) return static_cast<uint16_t>(infinity | 1 << (fraction - 1));
-  if (std::isinf(x)) return static_cast<uint16_t>(sign | infinity);
-  const int exponent = x == 0 ? least_exponent : std::max(std::ilogb(x), least_exponent);
-  if (exponent > 1 - least_exponent) return static_cast<uint16_t>(sign | infinity);
-  // A mantissa rounded up to the next power of two carries into the exponent, as it should.
-  const int mantissa =
-      static_cast<int>(std::nearbyint(std::ldexp(std::abs(x), fraction - exponent)));
-  const int bits = ((exponent - least_exponent) << fraction) + mantissa;
-  return static_cast<uint16_t>(sign | std::min(bits, infinity));
-}
-
-double read(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f64: return static_cast<const double*>(data)[i];
-    case DType::bf16: return from_bf16(static_cast<const uint16_t*>(data)[i]);
-    case DType::f16: return from_half(static_cast<const uint16_t*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
-  }
-}
-
-void write(void* data, DType dtype, int64_t i, double x) {
-  switch (dtype) {
-    case DType::f64: static_cast<double*>(data)[i] = x; break;
-    case DType::bf16: static_cast<uint16_t*>(data)[i] = to_16_bits(x, 7, -126); break;
-    case DType::f16: static_cast<uint16_t*>(data)[i] = to_16_bits(x, 10, -14); break;
-    default: static_cast<float*>(data)[i] = static_cast<float>(x);
-  }
-}
 
 using Doubles = std::vector<double>;
 
@@ -96,11 +47,11 @@ int64_t key_offset(const Problem& p, const Operand& x, int64_t b, int64_t h, int
 }
 
 void read_row(const Operand& x, int64_t offset, int64_t n, double* out) {
-  for (int64_t d = 0; d < n; ++d) out[d] = read(x.data, x.dtype, offset + d * x.stride[3]);
+  for (int64_t d = 0; d < n; ++d) out[d] = read_real(x.data, x.dtype, offset + d * x.stride[3]);
 }
 
 void write_row(const Operand& x, int64_t offset, int64_t n, const double* row) {
-  for (int64_t d = 0; d < n; ++d) write(x.data, x.dtype, offset + d * x.stride[3], row[d]);
+  for (int64_t d = 0; d < n; ++d) write_real(x.data, x.dtype, offset + d * x.stride[3], row[d]);
 }
 
 // A contiguous array over keys: [batch][heads][max_k], or [heads][total keys] of packed sequences.
@@ -184,16 +135,16 @@ struct Row {
     const Problem& p = problem;
     double sum = 0;
     if (p.bias.data && p.bias.dtype != DType::boolean)
-      sum += read(p.bias.data, p.bias.dtype, bias_offset(j));
+      sum += read_real(p.bias.data, p.bias.dtype, bias_offset(j));
     if (p.key_bias) {
       const int64_t head = p.key_bias_heads == p.heads ? h : h / p.group();
       const int64_t* stride = p.key_bias_stride;
-      sum += read(p.key_bias, small,
-                  head * stride[1] + (p.k_begin.empty() ? b * stride[0] + j * stride[2]
-                                                        : (p.k_begin[b] + j) * stride[2]));
+      sum += read_real(p.key_bias, small,
+                       head * stride[1] + (p.k_begin.empty() ? b * stride[0] + j * stride[2]
+                                                             : (p.k_begin[b] + j) * stride[2]));
     }
     if (p.alibi)
-      sum -= read(p.alibi, small, b * p.alibi_stride[0] + h * p.alibi_stride[1]) *
+      sum -= read_real(p.alibi, small, b * p.alibi_stride[0] + h * p.alibi_stride[1]) *
              static_cast<double>(std::abs(i + p.offset(b) - j));
     return sum;
   }
@@ -223,7 +174,7 @@ struct Row {
     this->p.assign(keys, 0.0);
     slope.assign(keys, 1.0);
     Doubles& s = this->p;
-    if (p.sink) sink = read(p.sink, small, h);
+    if (p.sink) sink = read_real(p.sink, small, h);
     double most = sink;
     for (int64_t j = 0; j < keys; ++j) {
       if (!visible[j]) continue;
@@ -266,13 +217,13 @@ struct RowGradient {
     ds.assign(row.keys, 0.0);
     delta = 0;
     if (g.d_lse.data)
-      delta =
-          -read(g.d_lse.data, g.d_lse.dtype, row_offset(g.d_lse, p.q_begin, row.b, row.h, row.i));
+      delta = -read_real(g.d_lse.data, g.d_lse.dtype,
+                         row_offset(g.d_lse, p.q_begin, row.b, row.h, row.i));
     const int64_t mass = key_array_offset(p, p.heads, row.b, row.h);
     for (int64_t j = 0; j < row.keys; ++j) {
       if (!row.visible[j]) continue;
       ds[j] = row.keep[j] * dot(d_out.data(), &source.v[j * p.value_dim], p.value_dim);
-      if (g.d_key_mass) ds[j] += read(g.d_key_mass, row.small, mass + j);
+      if (g.d_key_mass) ds[j] += read_real(g.d_key_mass, row.small, mass + j);
       delta += row.p[j] * ds[j];
     }
     for (int64_t j = 0; j < row.keys; ++j)
@@ -302,10 +253,10 @@ void bias_gradient(const Problem& p, const Gradients& g, const std::vector<Keys>
     if (stride[3] == 0) {
       double total = 0;
       for (double x : sum) total += x;
-      write(g.dbias.data, g.dbias.dtype, at, total);
+      write_real(g.dbias.data, g.dbias.dtype, at, total);
     } else {
       for (int64_t j = 0; j < p.max_k; ++j)
-        write(g.dbias.data, g.dbias.dtype, at + j * stride[3], sum[j]);
+        write_real(g.dbias.data, g.dbias.dtype, at + j * stride[3], sum[j]);
     }
   });
 }
@@ -344,12 +295,12 @@ void reference_forward(const Problem& p, const Outputs& outputs) {
       }
       write_row(outputs.out, row_offset(outputs.out, p.q_begin, b, h, i), p.value_dim, out.data());
       if (outputs.lse.data)
-        write(outputs.lse.data, outputs.lse.dtype, row_offset(outputs.lse, p.q_begin, b, h, i),
-              row.lse);
+        write_real(outputs.lse.data, outputs.lse.dtype, row_offset(outputs.lse, p.q_begin, b, h, i),
+                   row.lse);
     }
     if (outputs.key_mass)
       for (size_t j = 0; j < mass.size(); ++j)
-        write(outputs.key_mass, row.small, key_array_offset(p, p.heads, b, h) + j, mass[j]);
+        write_real(outputs.key_mass, row.small, key_array_offset(p, p.heads, b, h) + j, mass[j]);
   });
 }
 
@@ -384,7 +335,7 @@ void reference_backward(const Problem& p, const Gradients& g) {
       const bool last = by_head || h + 1 == (kv_head + 1) * p.group();
       if (g.dkey_bias && last) {
         const int64_t at = key_array_offset(p, p.key_bias_heads, b, by_head ? h : kv_head);
-        for (int64_t j = 0; j < n; ++j) write(g.dkey_bias, small, at + j, dkey_bias[j]);
+        for (int64_t j = 0; j < n; ++j) write_real(g.dkey_bias, small, at + j, dkey_bias[j]);
         std::fill(dkey_bias.begin(), dkey_bias.end(), 0.0);
       }
     }
@@ -400,7 +351,7 @@ void reference_backward(const Problem& p, const Gradients& g) {
     for (int64_t h = 0; h < p.heads; ++h) {
       double sum = 0;
       for (int64_t b = 0; b < p.batch; ++b) sum += dsink[b * p.heads + h];
-      write(g.dsink, small, h, sum);
+      write_real(g.dsink, small, h, sum);
     }
   if (g.dbias.data) bias_gradient(p, g, keys);
 }

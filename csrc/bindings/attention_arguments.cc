@@ -13,58 +13,21 @@ struct MaskLists {
   BlockMask mask;
 };
 
-void expect_shape(const TensorView& view, const char* op, const char* name,
-                  std::initializer_list<int64_t> shape) {
-  if (view.rank == static_cast<int>(shape.size()) &&
-      std::equal(shape.begin(), shape.end(), view.shape))
-    return;
-  std::string expected;
-  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-  bad_value(op, std::string(name) + " has shape " + shape_text(view) + ", expected (" + expected +
-                    (shape.size() == 1 ? ",)" : ")"));
-}
-
 namespace {
 
 std::string text(const char* name) { return name; }
 
 // --- Index arrays ----------------------------------------------------------------------------------
 
-// A copy of an int32 or int64 array of one dimension.
-std::vector<int64_t> integers(const TensorView& view, const char* op, const char* name) {
-  expect(view, op, name, {DType::i32, DType::i64}, 1);
-  std::vector<int64_t> copy(view.shape[0]);
-  for (int64_t i = 0; i < view.shape[0]; ++i) {
-    const int64_t at = i * view.strides[0];
-    copy[i] = view.dtype == DType::i32 ? static_cast<const int32_t*>(view.data)[at]
-                                       : static_cast<const int64_t*>(view.data)[at];
-  }
-  return copy;
-}
-
 std::vector<int64_t> per_sequence(const Optional& view, int64_t batch, int64_t most, const char* op,
                                   const char* name) {
   if (!view) return {};
-  std::vector<int64_t> copy = integers(*view, op, name);
+  std::vector<int64_t> copy = lists::integers(*view, op, name);
   expect_shape(*view, op, name, {batch});
   for (int64_t x : copy)
     if (x < 0 || x > most)
       bad_value(op, text(name) + " holds " + std::to_string(x) + ", expected 0 to " +
                         std::to_string(most));
-  return copy;
-}
-
-std::vector<int64_t> boundaries(const TensorView& view, int64_t total, const char* op,
-                                const char* name) {
-  std::vector<int64_t> copy = integers(view, op, name);
-  if (copy.empty() || copy[0] != 0) bad_value(op, text(name) + " does not begin with 0");
-  for (size_t i = 1; i < copy.size(); ++i)
-    if (copy[i] < copy[i - 1])
-      bad_value(op, text(name) + " descends from " + std::to_string(copy[i - 1]) + " to " +
-                        std::to_string(copy[i]));
-  if (copy.back() != total)
-    bad_value(op, text(name) + " ends with " + std::to_string(copy.back()) + ", but there are " +
-                      std::to_string(total) + " tokens");
   return copy;
 }
 
@@ -209,8 +172,8 @@ void Arguments::set_inputs(const TensorView& q, const TensorView& k, const Tenso
   p.k = operand(k, packed);
   p.v = operand(v, packed);
   if (packed) {
-    p.q_begin = boundaries(*cu_q, q_tokens, op_, "cu_seqlens_q");
-    p.k_begin = boundaries(*cu_k, k_tokens, op_, "cu_seqlens_k");
+    p.q_begin = lists::boundaries(*cu_q, q_tokens, op_, "cu_seqlens_q", "tokens");
+    p.k_begin = lists::boundaries(*cu_k, k_tokens, op_, "cu_seqlens_k", "tokens");
     if (p.q_begin.size() != p.k_begin.size())
       bad_value(op_, "cu_seqlens_q has " + std::to_string(p.q_begin.size()) +
                          " entries but cu_seqlens_k has " + std::to_string(p.k_begin.size()));

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "bindings/lists.h"
 #include "bindings/tensor_caster.h"
 #include "bindings/writes.h"
 
@@ -53,6 +54,7 @@ struct type_caster<pentad::MaskArgument> {
 
 namespace pentad::attention {
 
+using lists::expect_shape;
 using Optional = std::optional<TensorView>;
 using Scale = std::optional<double>;  // by default dim ** -0.5
 
@@ -108,8 +110,6 @@ class Arguments {
   std::shared_ptr<const MaskLists> mask_;
 };
 
-void expect_shape(const TensorView& view, const char* op, const char* name,
-                  std::initializer_list<int64_t> shape);
 // (B, H, S, D), or (S, H, D) of packed sequences.
 Operand operand(const TensorView& x, bool packed);
 // The dtype of lse, key_bias and their like beside q of this dtype.

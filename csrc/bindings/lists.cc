@@ -28,7 +28,7 @@ std::vector<int64_t> integers(const TensorView& view, const char* op, const char
 }
 
 std::vector<int64_t> boundaries(const TensorView& view, int64_t total, const char* op,
-                                const char* name) {
+                                const char* name, const char* things) {
   std::vector<int64_t> copy = integers(view, op, name);
   if (copy.empty() || copy[0] != 0) bad_value(op, std::string(name) + " does not begin with 0");
   for (size_t i = 1; i < copy.size(); ++i)
@@ -37,7 +37,7 @@ std::vector<int64_t> boundaries(const TensorView& view, int64_t total, const cha
                         std::to_string(copy[i]));
   if (copy.back() != total)
     bad_value(op, std::string(name) + " ends with " + std::to_string(copy.back()) +
-                      ", but there are " + std::to_string(total) + " steps");
+                      ", but there are " + std::to_string(total) + " " + things);
   return copy;
 }
 

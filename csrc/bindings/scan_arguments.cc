@@ -65,7 +65,7 @@ std::vector<int64_t> Arguments::boundaries(const Optional& view, int64_t batch,
                                            int64_t length) const {
   if (!view) return {};
   if (batch != 1) refuse("cu_seqlens need a batch of 1, but the batch is " + std::to_string(batch));
-  return lists::boundaries(*view, length, op_, "cu_seqlens");
+  return lists::boundaries(*view, length, op_, "cu_seqlens", "steps");
 }
 
 std::vector<int64_t> Arguments::rows(const Optional& view, const char* name, int64_t batch,

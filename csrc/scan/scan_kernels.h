@@ -24,8 +24,8 @@ struct States {
   int64_t channel, state, part, time;
 };
 
-// Steps between stored states. The backward pass recomputes what lies between: 1/32 of the states'
-// memory for a third of the forward pass's time.
+// Steps between stored states. The backward pass recomputes what lies between, so 1/32 of the
+// states' memory is kept.
 constexpr int64_t kChunk = 32;
 constexpr int kMaxLanes = 16;  // of any level
 

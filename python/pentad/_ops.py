@@ -56,3 +56,29 @@ def needs_grad(*tensors) -> bool:
     if forward_mode():
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _Once(torch.autograd.Function):
+    """The identity on the first tensors, which depends on all and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(op, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"[{ctx.op}] the gradient cannot be differentiated a second time")
+
+
+def differentiated_once(op, grads, inputs):
+    """The gradients that a backward pass returns, which depend on all `inputs`.
+
+    Where a graph of that pass is built, a second derivative is refused and not silently zero.
+    """
+    if torch.is_grad_enabled():
+        return _Once.apply(op, len(grads), *grads, *inputs)
+    return grads

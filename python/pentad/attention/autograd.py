@@ -3,7 +3,7 @@
 
 import torch
 
-from pentad._ops import define, forward_mode, quick_apply
+from pentad._ops import define, differentiated_once, forward_mode, quick_apply
 from pentad.attention import _kernels
 
 # Defaults are what makes a call cheap: those at the end need not be carried to the kernel.
@@ -104,28 +104,10 @@ class _Attention(torch.autograd.Function):
         grads = backward(
             d_out, d_lse, d_key_mass, out, lse, wanted, q, k, v, *settings[:4], *options, *more
         )
-        if torch.is_grad_enabled():  # asked to build a graph of this pass
-            inputs = (d_out, d_lse, d_key_mass, q, k, v, *options[:_LISTS])
-            grads = _Once.apply(len(grads), *grads, *inputs)
-        grads = iter(grads)
+        inputs = (d_out, d_lse, d_key_mass, q, k, v, *options[:_LISTS])
+        grads = iter(differentiated_once("attention", grads, inputs))
         given = [next(grads) if want else None for want in wanted]
         return (None, *given, *(None,) * (len(wants) - 1 - len(given)))
-
-
-class _Once(torch.autograd.Function):
-    """The identity on the first tensors, which depends on all and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("[attention] the gradient cannot be differentiated a second time")
 
 
 def needs_grad(q, k, v):

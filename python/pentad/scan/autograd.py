@@ -4,7 +4,7 @@
 import torch
 
 from pentad._errors import DeviceError
-from pentad._ops import define, needs_grad, quick_apply
+from pentad._ops import define, differentiated_once, needs_grad, quick_apply
 from pentad.scan import _kernels
 
 _SCAN = (
@@ -119,27 +119,9 @@ conv_update = define(
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-class _Once(torch.autograd.Function):
-    """The identity on the first tensors, which depends on all and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(op, count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(f"[{ctx.op}] the gradient cannot be differentiated a second time")
-
-
 def _spread(op, grads, wanted, inputs):
     """One gradient or None for each input, once differentiable."""
-    if torch.is_grad_enabled():  # asked to build a graph of this pass
-        grads = _Once.apply(op, len(grads), *grads, *inputs)
-    grads = iter(grads)
+    grads = iter(differentiated_once(op, grads, inputs))
     return tuple(next(grads) if want else None for want in wanted)
 
 
