@@ -21,6 +21,10 @@ How the peers are used, where it is not obvious:
   timed.
 - A training step of transformers' Mamba is the forward and the backward pass, without optimizer,
   with a vocabulary of 1024.
+- The functions of states that are matrices stand beside those that transformers' models call
+  without kernels, and beside chunked forms in plain PyTorch, see `scan_matrix_data`.
+- Whoever scans an image by permuting it gets time steps, B and C in the order of each scan, as the
+  models that do so compute them; pentad's scan2d gets them as the image lies.
 """
 
 from __future__ import annotations
@@ -33,10 +37,13 @@ from typing import Any
 import torch
 from torch.nn.functional import silu, softplus
 
+import scan_images
+import scan_matrix
 import scan_memory
 from harness import Call, Case, Contender, Target, main
 from passes import PASSES, Op, training
 from scan_data import (
+    FLOP_PER_STATE,
     Convolution,
     Recurrence,
     Scan,
@@ -49,8 +56,8 @@ from scan_models import (
     Step,
     Training,
     model_step,
-    modeling,
     pentad_step,
+    plain_function,
     random_step,
     random_training,
     transformers_step,
@@ -65,8 +72,6 @@ MODEL = 20.0
 RECURRENCE = 5.0
 CONVOLUTION = 4.0
 STEP = 3.0
-
-FLOP_PER_STATE = {"forward": 22, "training": 62}
 
 
 def check_problem(problem: Any, results) -> None:
@@ -103,7 +108,7 @@ def check_turned(problem: Scan, results) -> None:
 
 
 def transformers_scan(what: str, problem: Scan) -> Call:
-    loop = modeling("plain").mamba_selective_scan.__wrapped__
+    loop = plain_function("mamba", "mamba_selective_scan")
 
     def op(u, delta, A, B, C, D, z, delta_bias):
         return loop(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True).to(u.dtype)
@@ -335,6 +340,8 @@ CASES = [
     convolution_case("forward", True, "bfloat16"),
     step_case(768, STEP),
     step_case(256, None),
+    *scan_matrix.CASES,
+    *scan_images.CASES,
 ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba of transformers, on its own functions and on pentad's, for the scan benchmark."""
+"""Models of transformers, on its own functions and on pentad's, for the scan benchmark."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,27 +16,35 @@ import torch
 from torch.nn.functional import linear, silu, softplus
 
 from scan_data import assert_close
+from scan_matrix_data import chunked_ssd
 
-MODELING = "transformers.models.mamba.modeling_mamba"
+# Of every family, the function that tells whose kernels its module has found.
+FAMILIES = {
+    "mamba": "mamba_selective_scan",
+    "mamba2": "mamba2_chunk_scan",
+    "qwen3_next": "torch_chunk_gated_delta_rule",
+}
 # Largest error of a gradient, relative to its largest value: of four layers, in float32.
 MODEL_TOLERANCE = 2e-3
 
 
 @functools.cache
-def modeling(kind: str) -> ModuleType:
+def modeling(kind: str, family: str) -> ModuleType:
     """A copy of transformers' module: "plain", on "pentad", or on the float64 "definitions"."""
-    before = sys.modules.pop(MODELING, None)
+    name = f"transformers.models.{family}.modeling_{family}"
+    before = sys.modules.pop(name, None)
     if kind == "pentad":
         import pentad.compat
 
         pentad.compat.install()
-    elif "mamba_ssm" in sys.modules or "causal_conv1d" in sys.modules:
+    elif {"mamba_ssm", "causal_conv1d", "fla"} & sys.modules.keys():
         raise RuntimeError("the plain module has to be imported first")
-    module = importlib.import_module(MODELING)
+    module = importlib.import_module(name)
     if before is not None:
-        sys.modules[MODELING] = before
-    function = inspect.getclosurevars(module.mamba_selective_scan).nonlocals["implementation"]
-    expected = "pentad." if kind == "pentad" else MODELING
+        sys.modules[name] = before
+    found = getattr(module, FAMILIES[family])
+    function = inspect.getclosurevars(found).nonlocals["implementation"]
+    expected = "pentad." if kind == "pentad" else name
     if not function.__module__.startswith(expected):
         raise RuntimeError(f"transformers' {kind} module calls {function.__module__}")
     if kind == "definitions":
@@ -44,12 +53,17 @@ def modeling(kind: str) -> ModuleType:
 
 
 def use_definitions(module: ModuleType) -> None:
+    """Those of the families whose models are trained here."""
     from pentad.scan import reference
 
     def selective_scan(*args, use_mambapy, use_associative_scan, **kwargs):
         return reference.selective_scan(*args, **kwargs)
 
+    def chunk_scan(x, dt, A, B, C, chunk_size, D, dt_bias, **ignored):
+        return chunked_ssd(x, dt, A, B, C, D, dt_bias)
+
     module.mamba_selective_scan = selective_scan
+    module.mamba2_chunk_scan = chunk_scan
     module.causal_conv1d_fn = reference.causal_conv1d
     module.mamba_inner_fn = lambda *args, **kwargs: None
 
@@ -57,7 +71,14 @@ def use_definitions(module: ModuleType) -> None:
 def load_modules() -> None:
     """The copies without pentad's stand-ins, before anybody installs these."""
     for kind in ("plain", "definitions", "pentad"):
-        modeling(kind)
+        for family in FAMILIES:
+            modeling(kind, family)
+
+
+def plain_function(family: str, name: str) -> Callable:
+    """What transformers' models call under that name without kernels."""
+    load_modules()
+    return getattr(modeling("plain", family), name).__wrapped__
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -82,9 +103,9 @@ class Training:
             assert error <= MODEL_TOLERANCE, f"d {name} is off by {error:.2g} of its largest value"
 
 
-def model_step(kind: str, config, weights, ids, dtype=torch.float32):
+def model_step(kind: str, config, weights, ids, dtype=torch.float32, family="mamba"):
     """A call: forward and backward of predicting the next token."""
-    model = modeling(kind).MambaForCausalLM(config)
+    model = model_class(kind, family)(config)
     model.load_state_dict(weights)
     model = model.to(dtype).train()
 
@@ -97,17 +118,27 @@ def model_step(kind: str, config, weights, ids, dtype=torch.float32):
     return call
 
 
-def random_training(layers: int, hidden: int, length: int) -> Training:
-    from transformers import MambaConfig
+def model_class(kind: str, family: str):
+    return getattr(
+        modeling(kind, family), {"mamba": "Mamba", "mamba2": "Mamba2"}[family] + "ForCausalLM"
+    )
+
+
+def random_training(layers: int, hidden: int, length: int, family: str = "mamba") -> Training:
+    from transformers import Mamba2Config, MambaConfig
 
     load_modules()
-    config = MambaConfig(
-        vocab_size=1024, hidden_size=hidden, num_hidden_layers=layers, use_mambapy=False
-    )
+    sizes = {"vocab_size": 1024, "hidden_size": hidden, "num_hidden_layers": layers}
+    if family == "mamba":
+        config = MambaConfig(**sizes, use_mambapy=False)
+    else:
+        heads = {"num_heads": hidden // 32, "head_dim": 64, "n_groups": 1}
+        config = Mamba2Config(**sizes, **heads, tie_word_embeddings=True)
     torch.manual_seed(1)
-    weights = modeling("plain").MambaForCausalLM(config).state_dict()
+    weights = model_class("plain", family)(config).state_dict()
     ids = torch.randint(1, 1024, (1, length))
-    loss, gradients = model_step("definitions", config, weights, ids, torch.float64)()
+    options = {"dtype": torch.float64, "family": family}
+    loss, gradients = model_step("definitions", config, weights, ids, **options)()
     return Training(config, weights, ids, loss, gradients)
 
 
@@ -173,7 +204,7 @@ def mixer(kind: str, hidden: int, weights, before):
     from transformers import DynamicCache, MambaConfig
 
     config = MambaConfig(hidden_size=hidden, num_hidden_layers=1, vocab_size=8)
-    block = modeling(kind).MambaMixer(config, 0).eval()
+    block = modeling(kind, "mamba").MambaMixer(config, 0).eval()
     block.load_state_dict(weights)
     cache = DynamicCache(config=config)
     block(before, cache_params=cache)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments for the raw entries of scans, by name."""
 
+import numpy as np
+import pytest
 import torch
 
 from pentad import _C
@@ -20,6 +22,7 @@ SCAN = [
     "reverse",
     "complex",
 ]
+MATRIX = ["q", "k", "v", "a", "w", "d", "initial", "cu_seqlens", "delta", "reverse", "scale"]
 CONV = ["x", "weight", "bias", "initial", "seq_idx", "cu_seqlens", "silu"]
 # Of each entry: its arguments in order, and those that it writes.
 ENTRIES = {
@@ -34,6 +37,16 @@ ENTRIES = {
         ["state", "out"],
     ),
     "few_rows_linear": (["x", "weight", "bias", "out"], ["out"]),
+    "matrix_scan_forward": ([*MATRIX, "out", "last", "stored"], ["out", "last", "stored"]),
+    "matrix_scan_backward": (
+        ["d_out", "d_last", "stored", *MATRIX]
+        + (matrix_written := ["dq", "dk", "dv", "da", "dw", "dd", "dinitial"]),
+        matrix_written,
+    ),
+    "matrix_update": (
+        ["state", "q", "k", "v", "a", "w", "d", "delta", "scale", "rows", "out"],
+        ["state", "out"],
+    ),
     "recurrence_forward": (["a", "x", "h0", "h", "log_space", "reverse", "complex"], ["h"]),
     "recurrence_backward": (
         ["a", "h0", "h", "dh", "da", "dx", "dh0", "log_space", "reverse", "complex"],
@@ -50,6 +63,7 @@ ENTRIES = {
     ),
 }
 BATCH, DIM, LENGTH, STATES, GROUPS, WIDTH = 2, 6, 5, 3, 2, 4
+HEADS, VALUES = 4, 2  # of matrix states, beside STATES keys
 
 
 def sevens(*shape, dtype=torch.float32):
@@ -146,6 +160,68 @@ def draw_state_update(rows=True):
     return args
 
 
+def draw_matrix(batch=BATCH, sequences=None, dtype=torch.float32, key_decay=False):
+    sequences = batch if sequences is None else sequences
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    like_w = (batch, LENGTH, HEADS)
+    return {
+        "q": torch.randn(batch, LENGTH, GROUPS, STATES).to(dtype),
+        "k": torch.randn(batch, LENGTH, GROUPS, STATES).to(dtype),
+        "v": torch.randn(batch, LENGTH, HEADS, VALUES).to(dtype),
+        "a": torch.rand(*like_w, *([STATES] if key_decay else []), dtype=wide),
+        "w": torch.rand(like_w, dtype=wide),
+        "d": torch.randn(HEADS, VALUES, dtype=wide),
+        "initial": torch.randn(sequences, HEADS, STATES, VALUES, dtype=wide),
+        "delta": True,
+        "reverse": False,
+        "scale": 0.5,
+    }
+
+
+def draw_matrix_packed(key_decay=False):
+    return draw_matrix(1, 3, key_decay=key_decay) | {"cu_seqlens": integers(0, 2, 2, LENGTH)}
+
+
+def with_matrix_results(args):
+    v, initial = args["v"], args["initial"]
+    assert _C.matrix_chunk > LENGTH  # one chunk of each sequence
+    return args | {
+        "out": sevens(*v.shape, dtype=v.dtype),
+        "last": sevens(*initial.shape, dtype=initial.dtype),
+        "stored": sevens(*initial.shape),
+    }
+
+
+def with_matrix_gradients(args):
+    args = with_matrix_results(args)
+    if args["v"].dtype == torch.float64:
+        args["stored"] = None
+    _C.matrix_scan_forward(*(args.get(n) for n in ENTRIES["matrix_scan_forward"][0]))
+    out, last = args.pop("out"), args.pop("last")
+    return args | {
+        "d_out": torch.randn_like(out),
+        "d_last": torch.randn_like(last),
+        **{"d" + n: torch.full_like(args[n], 7) for n in ("q", "k", "v", "a", "w", "d", "initial")},
+    }
+
+
+def draw_matrix_update(rows=True, key_decay=False):
+    like_q, like_w = (BATCH, GROUPS, STATES), (BATCH, HEADS)
+    return {
+        "state": sevens(3 if rows else BATCH, HEADS, STATES, VALUES),
+        "q": torch.randn(like_q),
+        "k": torch.randn(like_q),
+        "v": torch.randn(BATCH, HEADS, VALUES),
+        "a": torch.rand(*like_w, *([STATES] if key_decay else [])),
+        "w": torch.rand(like_w),
+        "d": torch.randn(HEADS, VALUES),
+        "delta": True,
+        "scale": 0.5,
+        "rows": integers(2, 0) if rows else None,
+        "out": sevens(BATCH, HEADS, VALUES),
+    }
+
+
 def draw_few_rows():
     return {
         "x": torch.randn(BATCH, DIM),
@@ -229,6 +305,9 @@ DRAWS = {
     "selective_scan_backward": lambda: with_gradients(draw_scan()),
     "selective_state_update": draw_state_update,
     "few_rows_linear": draw_few_rows,
+    "matrix_scan_forward": lambda: with_matrix_results(draw_matrix()),
+    "matrix_scan_backward": lambda: with_matrix_gradients(draw_matrix()),
+    "matrix_update": draw_matrix_update,
     "recurrence_forward": draw_recurrence,
     "recurrence_backward": draw_recurrence_backward,
     "causal_conv_forward": draw_conv,
@@ -243,3 +322,48 @@ def run(entry, args):
     assert not unknown, unknown
     getattr(_C, entry)(*(args.get(n) for n in names))
     return {n: args[n] for n in written if args.get(n) is not None}
+
+
+# What a message calls an argument, where that is not the name above.
+PUBLIC = {
+    "initial": "initial_state",
+    "last": "last_state",
+    "final": "final_states",
+    "rows": "state_batch_indices",
+    "positions": "cache_seqlens",
+}
+
+
+def copy_of(x):
+    """What an array holds, as bytes; None for anything else."""
+    if torch.is_tensor(x) and x.device.type == "cpu":
+        x = x.contiguous().view(torch.uint8).numpy()
+    return x.tobytes() if isinstance(x, np.ndarray) else None
+
+
+def refuses(entry, args, error, match):
+    """The entry raises, and every output still holds what it held."""
+    before = {n: copy_of(args.get(n)) for n in ENTRIES[entry][1]}
+    with pytest.raises(error, match=match):
+        run(entry, args)
+    for name, values in before.items():
+        assert copy_of(args.get(name)) == values, name
+
+
+def changed(args, changes):
+    return args | {n: f(args.get(n)) if callable(f) else f for n, f in changes.items()}
+
+
+def narrow(dim):
+    return lambda x: x.narrow(dim, 0, x.shape[dim] - 1).contiguous()
+
+
+def longer(dim):
+    return lambda x: torch.cat([x, x.narrow(dim, 0, 1)], dim)
+
+
+def public(entry, name):
+    if entry.startswith("causal_conv"):
+        names = {"initial": "initial_states", "state": "conv_state", "rows": "conv_state_indices"}
+        return names.get(name, PUBLIC.get(name, name))
+    return PUBLIC.get(name, name)

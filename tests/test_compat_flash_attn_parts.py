@@ -215,7 +215,7 @@ def test_install():
     run_python("""
         import sys
         import pentad.compat
-        names = ["flash_attn", "mamba_ssm", "causal_conv1d"]
+        names = ["flash_attn", "mamba_ssm", "causal_conv1d", "fla"]
         assert pentad.compat.install() == names
         assert pentad.compat.install() == names
         import flash_attn
@@ -236,7 +236,7 @@ def test_install():
 
 
 def test_install_leaves_a_present_package_alone(tmp_path):
-    for name in ("flash_attn", "mamba_ssm", "causal_conv1d"):
+    for name in ("flash_attn", "mamba_ssm", "causal_conv1d", "fla"):
         (tmp_path / f"{name}.py").write_text("real = True\n")
     run_python(f"""
         import sys

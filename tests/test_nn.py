@@ -361,7 +361,10 @@ def test_modules_compile_and_train(rng):
 
 
 def test_the_public_names():
-    assert pentad.nn.__all__ == ["Attention", "Binarize", "BinaryMemory", "Mamba"]
+    assert pentad.nn.__all__ == [
+        "Attention", "Binarize", "BinaryMemory", "GatedDeltaNet", "Mamba", "Mamba2",
+        "MultiScaleRetention",
+    ]  # fmt: skip
     assert set(pentad.__all__) >= {"hamming", "nn", "isa", "SearchResult"}
     assert {"hamming", "nn"} <= set(dir(pentad))
     with pytest.raises(AttributeError, match="no attribute 'attention_'"):

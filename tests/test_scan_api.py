@@ -464,8 +464,10 @@ def test_one_tensor_without_data_is_refused(case):
 
 def test_the_public_names():
     assert S.__all__ == [
-        "attention_matrix", "causal_conv1d", "causal_conv1d_update", "linear_recurrence",
-        "selective_scan", "selective_state_update",
+        "attention_matrix", "causal_conv1d", "causal_conv1d_update", "delta_rule",
+        "delta_rule_update", "kernels", "linear_attention", "linear_attention_update",
+        "linear_recurrence", "long_conv", "scan2d", "scan2d_wavefront", "selective_scan",
+        "selective_state_update", "ssd", "ssd_attention_matrix",
     ]  # fmt: skip
     assert "scan" in pentad.__all__
     assert "scan" in dir(pentad)

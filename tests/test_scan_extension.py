@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The raw entries of scans: bad input raises before anything is written."""
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -15,6 +14,7 @@ from scan_raw import (
     LENGTH,
     STATES,
     WIDTH,
+    changed,
     draw_complex,
     draw_constant,
     draw_conv_backward,
@@ -22,62 +22,25 @@ from scan_raw import (
     draw_conv_packed,
     draw_conv_update,
     draw_few_rows,
+    draw_matrix_packed,
     draw_packed,
     draw_recurrence_backward,
     draw_scan,
     draw_state_update,
     integers,
+    longer,
+    narrow,
+    public,
+    refuses,
     run,
     sevens,
     with_gradients,
+    with_matrix_gradients,
+    with_matrix_results,
     with_results,
 )
 
 from pentad import _C
-
-# What a message calls an argument, where that is not the name above.
-PUBLIC = {
-    "initial": "initial_state",
-    "last": "last_state",
-    "final": "final_states",
-    "rows": "state_batch_indices",
-    "positions": "cache_seqlens",
-}
-
-
-def copy_of(x):
-    """What an array holds, as bytes; None for anything else."""
-    if torch.is_tensor(x) and x.device.type == "cpu":
-        x = x.contiguous().view(torch.uint8).numpy()
-    return x.tobytes() if isinstance(x, np.ndarray) else None
-
-
-def refuses(entry, args, error, match):
-    """The entry raises, and every output still holds what it held."""
-    before = {n: copy_of(args.get(n)) for n in ENTRIES[entry][1]}
-    with pytest.raises(error, match=match):
-        run(entry, args)
-    for name, values in before.items():
-        assert copy_of(args.get(name)) == values, name
-
-
-def changed(args, changes):
-    return args | {n: f(args.get(n)) if callable(f) else f for n, f in changes.items()}
-
-
-def narrow(dim):
-    return lambda x: x.narrow(dim, 0, x.shape[dim] - 1).contiguous()
-
-
-def longer(dim):
-    return lambda x: torch.cat([x, x.narrow(dim, 0, 1)], dim)
-
-
-def public(entry, name):
-    if entry.startswith("causal_conv"):
-        names = {"initial": "initial_states", "state": "conv_state", "rows": "conv_state_indices"}
-        return names.get(name, PUBLIC.get(name, name))
-    return PUBLIC.get(name, name)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -186,13 +149,14 @@ def test_dtypes_ranks_and_shapes(entry, name):
 @pytest.mark.parametrize(("entry", "name"), ARRAYS)
 def test_required_arrays(entry, name):
     optional = name in OPTIONAL or (entry.endswith("backward") and name[0] == "d")
+    optional |= entry.startswith("matrix") and name in ("a", "w", "d")
     if name in ("d_out", "dh", "du", "delta", "dt"):
-        optional = (entry, name) == ("selective_scan_backward", "d_out")
+        optional = name == "d_out" and entry in ("selective_scan_backward", "matrix_scan_backward")
     args = DRAWS[entry]() | {name: None}
-    if entry == "selective_scan_forward" and name == "stored":
+    if entry in ("selective_scan_forward", "matrix_scan_forward") and name == "stored":
         optional = True
     # A gradient goes with its argument, and caches of more rows than the batch with their rows.
-    if name in ("D", "z", "delta_bias", "initial", "bias", "h0"):
+    if name in ("D", "z", "delta_bias", "initial", "bias", "h0", "a", "w", "d"):
         args.pop("d" + name, None)
     if name == "rows":
         refuses(entry, args, ValueError, "which needs")
@@ -295,6 +259,8 @@ def test_bad_cu_seqlens(case):
         ("selective_scan_backward", with_gradients(draw_packed())),
         ("causal_conv_forward", draw_conv_packed()),
         ("causal_conv_backward", draw_conv_backward(draw_conv_packed())),
+        ("matrix_scan_forward", with_matrix_results(draw_matrix_packed())),
+        ("matrix_scan_backward", with_matrix_gradients(draw_matrix_packed())),
     ):
         refuses(entry, changed(args, {"cu_seqlens": change}), error, match)
 
@@ -327,6 +293,7 @@ def test_gradients_need_their_argument(entry, name, other):
     refuses(entry, args, ValueError, f"{name} needs {public(entry, other)}")
 
 
+UPDATES = ["selective_state_update", "causal_conv_update", "matrix_update"]
 ROWS = {
     "beyond": ((4, 0), "holds 4, but there are [34] rows"),
     "huge": ((2**31 - 1, 0), "holds 2147483647"),
@@ -336,7 +303,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("case", ROWS.values(), ids=ROWS.keys())
-@pytest.mark.parametrize("entry", ["selective_state_update", "causal_conv_update"])
+@pytest.mark.parametrize("entry", UPDATES)
 def test_bad_rows(entry, case):
     rows, match = case
     for dtype in (torch.int32, torch.int64):
@@ -344,7 +311,7 @@ def test_bad_rows(entry, case):
         refuses(entry, args, ValueError, match)
 
 
-@pytest.mark.parametrize("entry", ["selective_state_update", "causal_conv_update"])
+@pytest.mark.parametrize("entry", UPDATES)
 def test_negative_rows_are_padding(entry):
     args = DRAWS[entry]() | {"rows": integers(-1, -1)}
     before = args["state"].clone()
@@ -353,7 +320,7 @@ def test_negative_rows_are_padding(entry):
     assert torch.equal(args["state"], before)
 
 
-@pytest.mark.parametrize("entry", ["selective_state_update", "causal_conv_update"])
+@pytest.mark.parametrize("entry", UPDATES)
 def test_only_the_rows_of_the_batch_are_written(entry):
     args = DRAWS[entry]()
     rows = args["rows"].tolist()

@@ -2,12 +2,14 @@
 // The scan kernels alone, per instruction-set level: elements/ns beside what the peaks measured here
 // would allow.
 //
-//   bench_scan [--quick] [scan|recurrence|conv ...]
+//   bench_scan [--quick] [scan|matrix|recurrence|conv ...]
 //
-// An element of a selective scan is one (channel, step, state), else one (channel, step). Its limit
-// is the peak of multiply-adds over the vector instructions that its formula needs (a decay is 9:
-// six multiply-adds, rounding, a remainder and the scaling), or the rate at which memory can be
-// read over its bytes, whichever is less.
+// An element of a selective scan is one (channel, step, state), of a matrix state one (head, step,
+// key, value), else one (channel, step). Its limit is the peak of multiply-adds over the vector
+// instructions that its formula needs (a decay is 9: six multiply-adds, rounding, a remainder and
+// the scaling), or the rate at which memory can be read over its bytes, whichever is less. For
+// matrix states these are all multiply-adds, in the count of the recurrence: GFLOP/s is twice
+// their number, of which chunks and groups may save some.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,10 +21,12 @@
 #include <vector>
 
 #include "attention/attention_drive.h"
+#include "common/ceil_div.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/reals.h"
 #include "common/stream_read.h"
+#include "scan/matrix_scan.h"
 #include "scan/scan.h"
 #include "timing.h"
 
@@ -44,6 +48,8 @@ class Case {
       define_backward;
   std::vector<std::vector<int64_t>> results, gradients;  // their shapes
   bool by_time = false;                                  // (b, d, t) with d contiguous
+  size_t own = 0;         // this many results and gradients have the dtype; 0: those of rank 3
+  bool products = false;  // the instructions are multiply-adds alone
 
   explicit Case(DType dtype) : dtype_(dtype) {}
 
@@ -125,6 +131,54 @@ CasePointer scan_case(DType dtype, int64_t dim, int64_t length, int64_t states) 
   return c;
 }
 
+struct MatrixShape {
+  const char* name;
+  bool delta, key_decay;
+  int64_t length, heads, groups, keys, values;
+};
+
+CasePointer matrix_case(DType dtype, const MatrixShape& m) {
+  auto c = std::make_unique<Case>(dtype);
+  auto p = std::make_shared<MatrixScan>();
+  p->batch = 1, p->length = m.length, p->heads = m.heads, p->groups = m.groups;
+  p->keys = m.keys, p->values = m.values, p->delta = m.delta, p->key_decay = m.key_decay;
+  const std::vector<int64_t> q = {1, m.length, m.groups, m.keys},
+                             v = {1, m.length, m.heads, m.values}, w = {1, m.length, m.heads};
+  std::vector<int64_t> a = w;
+  if (m.key_decay) a.push_back(m.keys);
+  const double unit = std::sqrt(3.0 / static_cast<double>(m.keys));  // keys of length 1
+  p->q = c->random(q, -unit, unit), p->k = c->random(q, -unit, unit), p->v = c->random(v, -1, 1);
+  p->a = c->random(DType::f32, a, 0.8, 1), p->w = c->random(DType::f32, w, 0, 1);
+  auto stored = std::make_shared<std::vector<float>>(stored_matrices(1, m.length, false, 1) *
+                                                     m.heads * m.keys * m.values);
+  auto d_out = std::make_shared<Operand>(c->random(v, -1, 1));
+  c->name = m.name, c->shape = text_of({m.length, m.heads, m.groups, m.keys, m.values});
+  c->elements = static_cast<double>(m.length * m.heads * m.keys * m.values);
+  // The decay, k u, o, S^T k; the decay and k u again, and G, D, dq, dk, da, S^T k, two of H and dk.
+  c->instructions[0] = 3 + m.delta;
+  c->instructions[1] = 8 + 3 * m.delta;
+  const double size = static_cast<double>(size_of(dtype));
+  const double shared = static_cast<double>(m.groups) / static_cast<double>(m.heads);
+  c->bytes[0] =
+      size * (2 * shared / static_cast<double>(m.values) + 2 / static_cast<double>(m.keys)) +
+      (m.key_decay ? 4 / static_cast<double>(m.values) : 0);
+  c->bytes[1] = 2 * c->bytes[0];
+  c->own = 3, c->products = true;
+  c->results = {v};
+  c->gradients = {q, q, v, a, w};
+  const auto gradients = [=](const std::vector<Operand>& to) {
+    MatrixScanGradients g;
+    g.d_out = *d_out, g.stored = stored->data();
+    g.dq = to[0], g.dk = to[1], g.dv = to[2], g.da = to[3], g.dw = to[4];
+    return g;
+  };
+  c->forward = [=](const auto& to) { matrix_scan_forward(*p, to[0], {}, stored->data()); };
+  c->backward = [=](const auto& to) { matrix_scan_backward(*p, gradients(to)); };
+  c->define_forward = [=](const auto& to) { reference_matrix_scan_forward(*p, to[0], {}); };
+  c->define_backward = [=](const auto& to) { reference_matrix_scan_backward(*p, gradients(to)); };
+  return c;
+}
+
 CasePointer recurrence_case(DType dtype, int64_t outer, int64_t inner, int64_t length,
                             bool by_time) {
   auto c = std::make_unique<Case>(dtype);
@@ -189,8 +243,10 @@ CasePointer conv_case(DType dtype, int64_t dim, int64_t length, int64_t width, b
 // Gradients that are sums are float32 whatever the dtype; one array of a shape like u is not.
 std::vector<Operand> outputs(Case& c, const std::vector<std::vector<int64_t>>& shapes) {
   std::vector<Operand> all;
-  for (const auto& shape : shapes)
-    all.push_back(shape.size() == 3 ? c.array(shape) : c.array(DType::f32, shape));
+  for (const auto& shape : shapes) {
+    const bool own = c.own ? all.size() < c.own : shape.size() == 3;
+    all.push_back(c.array(own ? c.dtype() : DType::f32, shape));
+  }
   return all;
 }
 
@@ -253,7 +309,7 @@ bool measure(const Maker& make, int rounds, const Peaks& peaks, Size size) {
       return false;
   }
   const CasePointer c = make(size);
-  std::printf("%-5s %-5s %-19s %-14s", name(isa()), c->dtype() == DType::f32 ? "f32" : "bf16",
+  std::printf("%-5s %-5s %-19s %-17s", name(isa()), c->dtype() == DType::f32 ? "f32" : "bf16",
               c->name.c_str(), c->shape.c_str());
   for (int pass = 0; pass < 2; ++pass) {
     const std::vector<Operand> to = outputs(*c, pass ? c->gradients : c->results);
@@ -262,6 +318,7 @@ bool measure(const Maker& make, int rounds, const Peaks& peaks, Size size) {
         std::min(peaks.instructions / c->instructions[pass], peaks.bytes / c->bytes[pass]);
     std::printf("  %9.3f %7.3f %4.0f%%", ns / 1e6, c->elements / ns,
                 100 * c->elements / ns / limit);
+    if (c->products) std::printf(" %6.1f GFLOP/s", 2 * c->instructions[pass] * c->elements / ns);
   }
   std::printf("\n");
   std::fflush(stdout);
@@ -284,6 +341,18 @@ int main(int argc, char** argv) {
              : size == Size::quick ? scan_case(dtype, 384, 512, 16)
                                    : scan_case(dtype, 1536, 2048, 16);
     });
+    // SSD (Mamba-2), the gated delta rule, and gated linear attention.
+    const MatrixShape shapes[] = {{"ssd", false, false, 2048, 24, 1, 128, 64},
+                                  {"delta rule", true, false, 2048, 8, 4, 128, 128},
+                                  {"key decay", false, true, 2048, 8, 8, 64, 128},
+                                  {"delta, key decay", true, true, 2048, 8, 8, 128, 128}};
+    for (const MatrixShape& full : shapes)
+      makers.emplace_back("matrix", [=](Size size) {
+        MatrixShape m = full;
+        if (size == Size::quick) m.length = 512, m.heads /= 4, m.groups = ceil_div(m.groups, 4);
+        if (size == Size::check) m.length = 130, m.heads = 4, m.groups = 2, m.keys = m.values = 33;
+        return matrix_case(dtype, m);
+      });
     for (bool by_time : {false, true}) {
       makers.emplace_back("recurrence", [=](Size size) {
         return size == Size::check   ? recurrence_case(dtype, 2, 70, 70, by_time)
@@ -304,7 +373,7 @@ int main(int argc, char** argv) {
     std::printf("%s: peak %.1f multiply-adds/ns, %.1f bytes/ns\n", name(isa()), peaks.instructions,
                 peaks.bytes);
     std::printf(
-        "level dtype kernel              shape           forward ms elem/ns limit  backward"
+        "level dtype kernel              shape              forward ms elem/ns limit  backward"
         " ms elem/ns limit\n");
     for (const auto& [key, make] : makers)
       if (wanted.empty() || std::find(wanted.begin(), wanted.end(), key) != wanted.end())

@@ -5,7 +5,9 @@ namespace pentad {
 void bind_common(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_hamming(pybind11::module_& m);
+void bind_matrix_scan(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
+void bind_scan2d(pybind11::module_& m);
 }  // namespace pentad
 
 PYBIND11_MODULE(_C, m) {
@@ -14,5 +16,7 @@ PYBIND11_MODULE(_C, m) {
   pentad::bind_common(m);
   pentad::bind_attention(m);
   pentad::bind_hamming(m);
+  pentad::bind_matrix_scan(m);
   pentad::bind_scan(m);
+  pentad::bind_scan2d(m);
 }

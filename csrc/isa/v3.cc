@@ -6,6 +6,7 @@ namespace pentad::v3 {
 #include "common/simd.inc"
 #include "common/convert.inc"
 #include "common/functions.inc"
+#include "common/gemm.inc"
 #include "attention/attention_simd.inc"
 #include "hamming/hamming_simd.inc"
 #include "scan/scan_simd.inc"

@@ -84,6 +84,17 @@ struct ConvUpdateJob;
 struct StateUpdateJob;
 struct FewRowsJob;
 struct FewRowsInputs;
+// matrix_scan_kernels.h
+struct MatrixForwardJob;
+struct MatrixBackwardJob;
+struct MatrixSumJob;
+struct MatrixUpdateJob;  // matrix_update_kernels.h
+// scan2d_kernels.h
+struct RowsJob;
+struct OrderJob;
+// wavefront_kernels.h
+struct WavefrontForwardJob;
+struct WavefrontBackwardJob;
 
 // Real and imaginary part; the second is unused where numbers are real.
 struct Parts {
@@ -116,6 +127,17 @@ struct Kernels {
   void (*selective_backward)(const SelectiveBackwardJob&);
   void (*recurrence_forward)(const RecurrenceJob&);
   void (*recurrence_backward)(const RecurrenceBackwardJob&);
+  void (*matrix_forward)(const MatrixForwardJob&);
+  void (*matrix_backward)(const MatrixBackwardJob&);
+  void (*matrix_sum)(const MatrixSumJob&);
+  void (*matrix_steps_forward)(const MatrixForwardJob&, int64_t stored_row);
+  void (*matrix_steps_backward)(const MatrixBackwardJob&, int64_t stored_row);
+  void (*matrix_update)(const MatrixUpdateJob&);
+  void (*pack_rows)(const RowsJob&);
+  void (*unpack_rows)(const RowsJob&);
+  void (*order_rows)(const OrderJob&);
+  void (*wavefront_forward)(const WavefrontForwardJob&);
+  void (*wavefront_backward)(const WavefrontBackwardJob&);
 };
 
 const Kernels& kernels();  // of the level in use

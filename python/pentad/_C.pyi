@@ -7,7 +7,9 @@ Array: TypeAlias = Any
 __version__: str
 hamming_block_rows: int
 hamming_max_bytes: int
+matrix_chunk: int
 scan_chunk: int
+wavefront_band: int
 
 class DeviceError(RuntimeError): ...
 
@@ -264,6 +266,125 @@ def causal_conv_update(
     silu: bool,
     rows: Array | None,
     positions: Array | None,
+    out: Array,
+) -> None: ...
+def cross_scan_forward(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    delta_bias: Array | None,
+    order: Array,
+    softplus: bool,
+    delta_by_step: bool,
+    B_by_step: bool,
+    C_by_step: bool,
+    out: Array,
+    stored: Array | None,
+) -> None: ...
+def cross_scan_backward(
+    d_out: Array,
+    stored: Array | None,
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    delta_bias: Array | None,
+    order: Array,
+    softplus: bool,
+    delta_by_step: bool,
+    B_by_step: bool,
+    C_by_step: bool,
+    du: Array | None,
+    ddelta: Array | None,
+    dA: Array | None,
+    dB: Array | None,
+    dC: Array | None,
+    dD: Array | None,
+    ddelta_bias: Array | None,
+) -> None: ...
+def wavefront_forward(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    width: int,
+    out: Array,
+    stored: Array | None,
+) -> None: ...
+def wavefront_backward(
+    d_out: Array,
+    stored: Array | None,
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    width: int,
+    du: Array | None,
+    ddelta: Array | None,
+    dA: Array | None,
+    dB: Array | None,
+    dC: Array | None,
+    dD: Array | None,
+) -> None: ...
+def matrix_scan_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    a: Array | None,
+    w: Array | None,
+    d: Array | None,
+    initial: Array | None,
+    cu_seqlens: Array | None,
+    delta: bool,
+    reverse: bool,
+    scale: float,
+    out: Array,
+    last: Array | None,
+    stored: Array | None,
+) -> None: ...
+def matrix_scan_backward(
+    d_out: Array | None,
+    d_last: Array | None,
+    stored: Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    a: Array | None,
+    w: Array | None,
+    d: Array | None,
+    initial: Array | None,
+    cu_seqlens: Array | None,
+    delta: bool,
+    reverse: bool,
+    scale: float,
+    dq: Array | None,
+    dk: Array | None,
+    dv: Array | None,
+    da: Array | None,
+    dw: Array | None,
+    dd: Array | None,
+    dinitial: Array | None,
+) -> None: ...
+def matrix_update(
+    state: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    a: Array | None,
+    w: Array | None,
+    d: Array | None,
+    delta: bool,
+    scale: float,
+    rows: Array | None,
     out: Array,
 ) -> None: ...
 

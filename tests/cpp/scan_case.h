@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "common/reals.h"
 #include "scan/scan.h"
 
@@ -141,6 +142,17 @@ inline std::vector<int64_t> random_pieces(int64_t length) {
   return begin;
 }
 
+// Rows of a cache of `rows` for a batch: none twice, some of padding.
+inline std::vector<int64_t> random_rows(int64_t batch, int64_t rows) {
+  std::vector<int64_t> all(rows);
+  for (int64_t i = 0; i < rows; ++i) all[i] = i;
+  std::shuffle(all.begin(), all.end(), generator);
+  all.resize(batch);
+  for (int64_t& row : all)
+    if (chance(0.2)) row = -pick(1, 100);
+  return all;
+}
+
 constexpr DType kDtypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 
 inline DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
@@ -173,6 +185,38 @@ struct Case {
   // Few and many channels: less than a vector, several, and a rest.
   int64_t channels() const { return small ? pick(1, 3) : chance(0.3) ? pick(1, 7) : pick(8, 70); }
 };
+
+// Gradients of sum(given * results) against central differences of the inputs "x" of each "dx".
+template <class C>
+void check_slopes(C& c, Arrays blank, const std::function<void(const Arrays&)>& forward,
+                  const std::function<void(const Arrays& given, const Arrays& to)>& backward) {
+  Arrays given = blank, gradients = c.gradients();
+  for (auto& [key, array] : given.list) array.fill([] { return normal(); });
+  backward(given, gradients);
+  const auto loss = [&] {
+    forward(blank);
+    double sum = 0;
+    for (size_t n = 0; n < blank.list.size(); ++n)
+      for (int64_t i = 0; i < blank.list[n].second.count(); ++i)
+        sum += blank.list[n].second.get(i) * given.list[n].second.get(i);
+    return sum;
+  };
+  for (auto& [key, input] : c.in.list) {
+    const Array* gradient = gradients.find("d" + key);
+    CHECK(gradient, key, c.text);
+    for (int64_t i = 0; gradient && i < input.count(); ++i) {
+      const double x = input.get(i), step = 1e-5;
+      if (!std::isfinite(x)) continue;
+      input.set(i, x + step);
+      const double above = loss();
+      input.set(i, x - step);
+      const double slope = (above - loss()) / (2 * step);
+      input.set(i, x);
+      CHECK(std::abs(slope - gradient->get(i)) < 1e-5 * (1 + std::abs(slope)), "d" + key, i, slope,
+            gradient->get(i), c.text);
+    }
+  }
+}
 
 struct ScanCase : Case<SelectiveScan> {
   ScanCase(DType type, bool is_small) : Case(type, is_small) {

@@ -119,17 +119,6 @@ void check_scan(DType dtype) {
 
 // --- One token of a scan ---------------------------------------------------------------------------
 
-// Rows of a cache of `rows` for a batch: none twice, some of padding.
-std::vector<int64_t> random_rows(int64_t batch, int64_t rows) {
-  std::vector<int64_t> all(rows);
-  for (int64_t i = 0; i < rows; ++i) all[i] = i;
-  std::shuffle(all.begin(), all.end(), generator);
-  all.resize(batch);
-  for (int64_t& row : all)
-    if (chance(0.2)) row = -pick(1, 100);
-  return all;
-}
-
 struct StateCase : Case<StateUpdate> {
   Array state;
 

@@ -14,38 +14,6 @@ using namespace pentad::scan::test;
 
 namespace {
 
-// Gradients of sum(given * results) against central differences of the inputs "x" of each "dx".
-template <class C>
-void check_slopes(C& c, Arrays blank, const std::function<void(const Arrays&)>& forward,
-                  const std::function<void(const Arrays& given, const Arrays& to)>& backward) {
-  Arrays given = blank, gradients = c.gradients();
-  for (auto& [key, array] : given.list) array.fill([] { return normal(); });
-  backward(given, gradients);
-  const auto loss = [&] {
-    forward(blank);
-    double sum = 0;
-    for (size_t n = 0; n < blank.list.size(); ++n)
-      for (int64_t i = 0; i < blank.list[n].second.count(); ++i)
-        sum += blank.list[n].second.get(i) * given.list[n].second.get(i);
-    return sum;
-  };
-  for (auto& [key, input] : c.in.list) {
-    const Array* gradient = gradients.find("d" + key);
-    CHECK(gradient, key, c.text);
-    for (int64_t i = 0; gradient && i < input.count(); ++i) {
-      const double x = input.get(i), step = 1e-5;
-      if (!std::isfinite(x)) continue;
-      input.set(i, x + step);
-      const double above = loss();
-      input.set(i, x - step);
-      const double slope = (above - loss()) / (2 * step);
-      input.set(i, x);
-      CHECK(std::abs(slope - gradient->get(i)) < 1e-5 * (1 + std::abs(slope)), "d" + key, i, slope,
-            gradient->get(i), c.text);
-    }
-  }
-}
-
 void check_slopes_of_all() {
   ScanCase scan(DType::f64, true);
   check_slopes(

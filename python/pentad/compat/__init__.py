@@ -12,7 +12,7 @@ import sys
 
 # The name of a peer: the package that stands in for it.
 _STAND_INS = {
-    name: f"pentad.compat.{name}" for name in ("flash_attn", "mamba_ssm", "causal_conv1d")
+    name: f"pentad.compat.{name}" for name in ("flash_attn", "mamba_ssm", "causal_conv1d", "fla")
 }
 
 
@@ -21,7 +21,7 @@ def install() -> list[str]:
 
     A package that is installed, or already imported, stays as it is. A further call changes
     nothing. Call it before the programs that use them are imported: transformers, for one, looks
-    for mamba_ssm and causal_conv1d once, when a model's module is loaded.
+    for mamba_ssm, causal_conv1d and fla once, when a model's module is loaded.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def install() -> list[str]:
     --------
     >>> import pentad.compat
     >>> pentad.compat.install()  # doctest: +SKIP
-    ['flash_attn', 'mamba_ssm', 'causal_conv1d']
+    ['flash_attn', 'mamba_ssm', 'causal_conv1d', 'fla']
     >>> from flash_attn import flash_attn_func  # doctest: +SKIP
     """
     names = []

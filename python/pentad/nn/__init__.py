@@ -3,6 +3,17 @@
 
 from pentad.attention.modules import Attention
 from pentad.hamming.modules import Binarize, BinaryMemory
+from pentad.scan.gated_delta_net import GatedDeltaNet
+from pentad.scan.mamba2 import Mamba2
 from pentad.scan.modules import Mamba
+from pentad.scan.retention import MultiScaleRetention
 
-__all__ = ["Attention", "Binarize", "BinaryMemory", "Mamba"]
+__all__ = [
+    "Attention",
+    "Binarize",
+    "BinaryMemory",
+    "GatedDeltaNet",
+    "Mamba",
+    "Mamba2",
+    "MultiScaleRetention",
+]

@@ -9,6 +9,14 @@ they give the values that the others approximate.
 import torch
 from torch.nn.functional import pad, silu, softplus
 
+from pentad.scan.matrix_reference import (  # noqa: F401
+    delta_rule,
+    delta_rule_update,
+    linear_attention,
+    linear_attention_update,
+    ssd,
+)
+
 
 def selective_scan(
     u,

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entries of matrix_scan.h. Everything that could make a kernel read or write out of bounds is
+// refused here, before anything is written.
+#include "scan/matrix_scan.h"
+
+#include "bindings/scan_arguments.h"
+
+namespace py = pybind11;
+
+namespace pentad {
+namespace {
+
+using namespace scan;
+
+// Of keys, and of values: a kernel's scratch memory grows with their product.
+constexpr int64_t kMostKeys = 1024;
+
+// What the sequence and the token share: their sizes.
+template <class Problem>
+struct Matrices : Arguments {
+  Problem p;
+
+  explicit Matrices(const char* op) : Arguments(op, false) {}
+
+  // q: (..., g, n), v: (..., h, p), both of `rank` dimensions; a per head has one less than v.
+  void set_sizes(const TensorView& q, const TensorView& v, const Optional& a, int rank) {
+    set_dtype(v, "v", rank, false);
+    expect(q, op(), "q", {q.dtype}, rank);
+    p.batch = v.shape[0], p.heads = v.shape[rank - 2], p.values = v.shape[rank - 1];
+    p.groups = q.shape[rank - 2], p.keys = q.shape[rank - 1];
+    check_size("q", q, p.keys, "keys");
+    check_size("v", v, p.values, "values");
+    if (p.groups < 1 || p.heads % p.groups)
+      refuse("q has " + std::to_string(p.groups) + " groups but v has " + std::to_string(p.heads) +
+             " heads, which are not a multiple of " + std::to_string(p.groups));
+    if (!a) return;
+    if (a->rank != rank - 1 && a->rank != rank)
+      refuse("a has shape " + shape_text(*a) + ", expected " + std::to_string(rank - 1) + " or " +
+             std::to_string(rank) + " dimensions");
+    p.key_decay = a->rank == rank;
+  }
+
+ private:
+  void check_size(const char* name, const TensorView& view, int64_t size, const char* what) const {
+    if (size < 1 || size > kMostKeys)
+      refuse(std::string(name) + " has shape " + shape_text(view) + ", expected 1 to " +
+             std::to_string(kMostKeys) + " " + what);
+  }
+};
+
+// The arrays that both passes read, in the order of the entries.
+struct MatrixInputs {
+  const TensorView &q, &k, &v;
+  const Optional &a, &w, &d, &initial, &cu_seqlens;
+  bool delta, reverse;
+  double scale;
+};
+
+struct MatrixArguments : Matrices<MatrixScan> {
+  Shape like_q, like_v, like_a, like_w, like_d, like_state;
+
+  MatrixArguments(const char* op, const MatrixInputs& in) : Matrices(op) {
+    set_sizes(in.q, in.v, in.a, 4);
+    p.length = in.v.shape[1];
+    p.delta = in.delta, p.reverse = in.reverse, p.scale = in.scale;
+    p.begin = boundaries(in.cu_seqlens, p.batch, p.length);
+    like_q = {p.batch, p.length, p.groups, p.keys};
+    like_v = {p.batch, p.length, p.heads, p.values};
+    like_w = {p.batch, p.length, p.heads};
+    like_a = like_w;
+    if (p.key_decay) like_a.push_back(p.keys);
+    like_d = {p.heads, p.values};
+    like_state = {p.sequences(), p.heads, p.keys, p.values};
+    p.q = input(in.q, "q", {dtype()}, like_q);
+    p.k = input(in.k, "k", {dtype()}, like_q);
+    p.v = input(in.v, "v", {dtype()}, like_v);
+    p.a = input(in.a, "a", {wide()}, like_a);
+    p.w = input(in.w, "w", {wide()}, like_w);
+    p.d = input(in.d, "d", {wide()}, like_d);
+    p.initial = input(in.initial, "initial_state", {wide()}, like_state);
+  }
+
+  // Of out and its gradient.
+  std::vector<DType> either() const {
+    if (dtype() == wide()) return {dtype()};
+    return {dtype(), wide()};
+  }
+  Shape stored_shape() const {
+    return {stored_matrices(p.batch, p.length, !p.begin.empty(), p.sequences()), p.heads, p.keys,
+            p.values};
+  }
+  void check_stored(const Optional& stored) const {
+    if (!stored) return;
+    if (dtype() == DType::f64) refuse("stored does not go with float64");
+    if (!is_contiguous(*stored)) refuse("stored is not contiguous");
+  }
+};
+
+void py_matrix_forward(const TensorView& q, const TensorView& k, const TensorView& v,
+                       const Optional& a, const Optional& w, const Optional& d,
+                       const Optional& initial, const Optional& cu_seqlens, bool delta,
+                       bool reverse, double scale, const TensorView& out, const Optional& last,
+                       const Optional& stored) {
+  MatrixArguments s("matrix_scan", {q, k, v, a, w, d, initial, cu_seqlens, delta, reverse, scale});
+  const Operand to = s.output(out, "out", s.either(), s.like_v);
+  const Operand state = s.output(last, "last_state", {s.wide()}, s.like_state);
+  const Operand chunks = s.output(stored, "stored", {DType::f32}, s.stored_shape());
+  s.check_stored(stored);
+  s.writes.finish();
+  matrix_scan_forward(s.p, to, state, static_cast<float*>(chunks.data));
+}
+
+void py_matrix_backward(const Optional& d_out, const Optional& d_last, const Optional& stored,
+                        const TensorView& q, const TensorView& k, const TensorView& v,
+                        const Optional& a, const Optional& w, const Optional& d,
+                        const Optional& initial, const Optional& cu_seqlens, bool delta,
+                        bool reverse, double scale, const Optional& dq, const Optional& dk,
+                        const Optional& dv, const Optional& da, const Optional& dw,
+                        const Optional& dd, const Optional& dinitial) {
+  MatrixArguments s("matrix_scan.backward",
+                    {q, k, v, a, w, d, initial, cu_seqlens, delta, reverse, scale});
+  MatrixScanGradients g;
+  g.d_out = s.input(d_out, "d_out", s.either(), s.like_v);
+  g.d_last = s.input(d_last, "d_last", {s.wide()}, s.like_state);
+  g.stored =
+      static_cast<const float*>(s.input(stored, "stored", {DType::f32}, s.stored_shape()).data);
+  s.check_stored(stored);
+  if (!stored && s.dtype() != DType::f64)
+    s.refuse("the states that the forward pass stored are missing");
+  s.needs(da, "da", a.has_value(), "a");
+  s.needs(dw, "dw", w.has_value(), "w");
+  s.needs(dd, "dd", d.has_value(), "d");
+  s.needs(dinitial, "dinitial", initial.has_value(), "initial_state");
+  g.dq = s.output(dq, "dq", {s.dtype()}, s.like_q);
+  g.dk = s.output(dk, "dk", {s.dtype()}, s.like_q);
+  g.dv = s.output(dv, "dv", {s.dtype()}, s.like_v);
+  g.da = s.output(da, "da", {s.wide()}, s.like_a);
+  g.dw = s.output(dw, "dw", {s.wide()}, s.like_w);
+  g.dd = s.output(dd, "dd", {s.wide()}, s.like_d);
+  g.dinitial = s.output(dinitial, "dinitial", {s.wide()}, s.like_state);
+  s.writes.finish();
+  matrix_scan_backward(s.p, g);
+}
+
+// One token: q, k (B, G, N), v, out (B, H, P), a (B, H) or (B, H, N), w (B, H), d (H, P).
+void py_matrix_update(const TensorView& state, const TensorView& q, const TensorView& k,
+                      const TensorView& v, const Optional& a, const Optional& w, const Optional& d,
+                      bool delta, double scale, const Optional& rows, const TensorView& out) {
+  Matrices<MatrixUpdate> s("matrix_update");
+  MatrixUpdate& p = s.p;
+  s.set_sizes(q, v, a, 3);
+  expect(state, s.op(), "state", {state.dtype}, 4);
+  p.delta = delta, p.scale = scale;
+  p.rows = s.rows(rows, "state_batch_indices", p.batch, state.shape[0], "state");
+  const Shape like_q = {p.batch, p.groups, p.keys}, like_v = {p.batch, p.heads, p.values};
+  const Shape like_w = {p.batch, p.heads};
+  Shape like_a = like_w;
+  if (p.key_decay) like_a.push_back(p.keys);
+  p.q = s.input(q, "q", {s.dtype()}, like_q);
+  p.k = s.input(k, "k", {s.dtype()}, like_q);
+  p.v = s.input(v, "v", {s.dtype()}, like_v);
+  p.a = s.input(a, "a", {s.wide()}, like_a);
+  p.w = s.input(w, "w", {s.wide()}, like_w);
+  p.d = s.input(d, "d", {s.wide()}, {p.heads, p.values});
+  p.state = s.output(state, "state", s.own(), {state.shape[0], p.heads, p.keys, p.values});
+  p.out = s.output(out, "out", {s.dtype()}, like_v);
+  s.writes.finish();
+  matrix_update(p);
+}
+
+}  // namespace
+
+void bind_matrix_scan(py::module_& m) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.attr("matrix_chunk") = kMatrixChunk;
+  m.def("matrix_scan_forward", &py_matrix_forward, release);
+  m.def("matrix_scan_backward", &py_matrix_backward, release);
+  m.def("matrix_update", &py_matrix_update, release);
+}
+
+}  // namespace pentad

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cuts the scans of an image into jobs: some channels of one batch row, all directions one after
+// another. What is read is turned into rows of channels in scratch, in scan order; the kernels of
+// the selective scan run on those as they are, and what they give is added into rows by place.
+//
+// Pieces of sums (dB, dC over channels; dA, dD over the batch) depend on the shapes alone.
+#include <algorithm>
+#include <vector>
+
+#include "common/ceil_div.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "scan/scan2d.h"
+#include "scan/scan2d_kernels.h"
+#include "scan/scan_drive.h"
+
+namespace pentad::scan {
+namespace {
+
+constexpr int64_t kMostChannels = 64;  // of a forward job: rows of one stay in L2
+constexpr int64_t kShare = 64;         // of a backward job
+constexpr int64_t kSequenceParts = 8;  // most pieces of the batch in the backward pass
+
+void* moved(const Operand& x, int64_t elements) {
+  return x.data ? static_cast<char*>(x.data) + elements * size_of(x.dtype) : nullptr;
+}
+
+// (channel, place) of (b, d, p), and of (b, k, d, p) or (b, k, n, p).
+Strided image_of(const Operand& x, int64_t b, int64_t channel) {
+  const int64_t* stride = x.stride;
+  return {moved(x, b * stride[0] + channel * stride[1]), x.dtype, stride[1], stride[2]};
+}
+Strided image_of(const Operand& x, int64_t b, int64_t k, int64_t channel) {
+  const int64_t* stride = x.stride;
+  return {moved(x, b * stride[0] + k * stride[1] + channel * stride[2]), x.dtype, stride[2],
+          stride[3]};
+}
+
+// Direction by direction.
+struct Orders {
+  const CrossScan& p;
+  Scratch<int32_t> inverse;  // [k][place]: the step
+
+  explicit Orders(const CrossScan& problem)
+      : p(problem), inverse(problem.directions * problem.length), steps_(problem.directions) {
+    for (int64_t k = 0; k < p.directions; ++k) {
+      const int32_t* to = places(k);
+      bool up = true, down = true;
+      for (int64_t t = 0; t < p.length; ++t) {
+        inverse.get()[k * p.length + to[t]] = static_cast<int32_t>(t);
+        up &= to[t] == t;
+        down &= to[t] == p.length - 1 - t;
+      }
+      steps_[k] = !p.length ? 0 : up ? 1 : down ? -1 : 0;
+    }
+  }
+  const int32_t* places(int64_t k) const { return p.order + k * p.length; }
+  // 1 or -1 where the places follow each other, forwards or backwards; else 0.
+  int64_t straight(int64_t k) const { return steps_[k]; }
+  // Where element i of an array by place or by step lies in scan order; null: at i.
+  const int32_t* steps(int64_t k, bool by_step) const {
+    return by_step ? nullptr : inverse.get() + k * p.length;
+  }
+
+ private:
+  std::vector<int> steps_;
+};
+
+// B and C as floats in scan order, [b][k][t][n].
+struct Coefficients {
+  int64_t states, length, directions;
+  Scratch<float> b, c;
+
+  explicit Coefficients(const Orders& orders)
+      : states(orders.p.states), length(orders.p.length), directions(orders.p.directions) {
+    const CrossScan& p = orders.p;
+    const int64_t all = p.batch * directions;
+    b = Scratch<float>(all * length * states);
+    c = Scratch<float>(all * length * states);
+    for_tasks(2 * all * length * states, 2 * all, [&](int64_t i) {
+      const int64_t bk = i % all, k = bk % directions;
+      const bool second = i >= all;
+      const Strided from = image_of(second ? p.c : p.b, bk / directions, k, 0);
+      kernels().pack_rows({from, at(second ? c : b, bk),
+                           orders.steps(k, second ? p.c_by_step : p.b_by_step), states, length,
+                           states});
+    });
+  }
+  float* at(const Scratch<float>& x, int64_t bk) const { return x.get() + bk * length * states; }
+  States steps(const Scratch<float>& x, int64_t bk) const {
+    return {at(x, bk), DType::f32, 0, 1, 1, states};
+  }
+};
+
+// Some channels of one batch row, and their rows in scan order.
+struct Piece {
+  const CrossScan& p;
+  const Orders& orders;
+  int64_t b, channel, channels, stride;
+
+  RowsJob rows(const Strided& x, float* rows, const int32_t* index) const {
+    return {x, rows, index, channels, p.length, stride};
+  }
+  Strided scan_order(float* rows) const { return {rows, DType::f32, 1, stride}; }
+  // An image in the order of a direction: itself where that is straight, else copied to `rows`.
+  Strided visited(float* image, int64_t k, float* rows) const {
+    const int32_t* places = orders.places(k);
+    const int64_t step = orders.straight(k);
+    if (step) return {image + places[0] * stride, DType::f32, 1, step * stride};
+    kernels().order_rows({image, rows, places, p.length, stride, false, false});
+    return scan_order(rows);
+  }
+
+  SelectiveJob scan(int64_t k, const Strided& u, float* delta, const Coefficients& coefficients,
+                    const float* stored, float* scratch) const {
+    SelectiveJob job = {};
+    job.channels = channels;
+    job.steps = p.length;
+    job.states = p.states;
+    job.softplus = p.softplus;
+    job.u = u;
+    job.delta = scan_order(delta);
+    const int64_t* a = p.a.stride;
+    job.a = {moved(p.a, k * a[0] + channel * a[1]), p.a.dtype, a[1], a[2], 1, 0};
+    const int64_t bk = b * p.directions + k;
+    job.b = coefficients.steps(coefficients.b, bk);
+    job.c = coefficients.steps(coefficients.c, bk);
+    const int64_t *d = p.d.stride, *bias = p.delta_bias.stride;
+    job.d = static_cast<const float*>(moved(p.d, k * d[0] + channel * d[1]));
+    job.d_step = d[1];
+    job.bias = static_cast<const float*>(moved(p.delta_bias, k * bias[0] + channel * bias[1]));
+    job.bias_step = bias[1];
+    job.stored = const_cast<float*>(stored);
+    if (stored) job.stored += bk * ceil_div(p.length, kChunk) * p.states * p.dim + channel;
+    job.all_channels = p.dim;
+    job.scratch = scratch;
+    return job;
+  }
+};
+
+int64_t state_steps(const CrossScan& p) {
+  return p.batch * p.directions * p.dim * p.length * p.states;
+}
+
+}  // namespace
+
+void cross_scan_forward(const CrossScan& p, const Operand& out, float* stored) {
+  if (p.u.dtype == DType::f64) return reference_cross_scan_forward(p, out);
+  if (!p.batch || !p.dim || !p.length) return;
+  const Orders orders(p);
+  const Coefficients coefficients(orders);
+  const int64_t lanes = kernels().lanes;
+  int64_t size = kMostChannels;
+  while (size > lanes && p.batch * ceil_div(p.dim, size) < 3 * num_threads()) size /= 2;
+  const int64_t cuts = ceil_div(p.dim, size), stride = padded_channels(size, lanes);
+  const int64_t rows = p.length * stride;
+  for_tasks(state_steps(p), p.batch * cuts, [&](int64_t i) {
+    const int64_t channel = i % cuts * size, channels = std::min(size, p.dim - channel);
+    const Piece piece = {p, orders, i / cuts, channel, channels, stride};
+    Scratch<float> scratch(selective_scratch(channels, p.states)), images(4 * rows);
+    float *u = images.get(), *sum = u + rows, *input = sum + rows, *delta = input + rows;
+    const Kernels& run = kernels();
+    run.pack_rows(piece.rows(image_of(p.u, piece.b, channel), u, nullptr));
+    for (int64_t k = 0; k < p.directions; ++k) {
+      run.pack_rows(piece.rows(image_of(p.delta, piece.b, k, channel), delta,
+                               orders.steps(k, p.delta_by_step)));
+      SelectiveForwardJob job = {};
+      job.scan =
+          piece.scan(k, piece.visited(u, k, input), delta, coefficients, stored, scratch.get());
+      job.out = piece.scan_order(input);  // each tile has been read before it is written
+      run.selective_forward(job);
+      run.order_rows({input, sum, orders.places(k), p.length, stride, true, k > 0});
+    }
+    if (!p.directions) std::fill_n(sum, rows, 0.0f);
+    run.unpack_rows(piece.rows(image_of(out, piece.b, channel), sum, nullptr));
+  });
+}
+
+void cross_scan_backward(const CrossScan& p, const CrossScanGradients& g) {
+  if (p.u.dtype == DType::f64) return reference_cross_scan_backward(p, g);
+  const Orders orders(p);
+  const Coefficients coefficients(orders);
+  const int64_t lanes = kernels().lanes, states = p.states;
+  const int64_t cuts = ceil_div(p.dim, kShare), pieces = std::min(p.batch, kSequenceParts);
+  const int64_t stride = padded_channels(std::min(kShare, p.dim), lanes);
+  const int64_t image = p.length * stride;
+
+  // dB and dC of each share of channels, in scan order: [share][b][k][t][n].
+  const int64_t coefficient = p.length * states, all = p.batch * p.directions * coefficient;
+  Scratch<float> db(g.db.data ? cuts * all : 0), dc(g.dc.data ? cuts * all : 0);
+  const auto part = [&](const Operand& x, const Scratch<float>& parts, int64_t share,
+                        int64_t bk) -> States {
+    if (!x.data) return {};
+    return {parts.get() + share * all + bk * coefficient, DType::f32, 0, 1, 1, states};
+  };
+  // What is summed over time: [piece][share][k][block of lanes][SelectiveSums].
+  const SelectiveSums layout = selective_sums(states, false, false);
+  const int64_t sums_of_k = padded_channels(kShare, lanes) * layout.size;
+  const int64_t sums_of_share = p.directions * sums_of_k;
+  Scratch<float> sums(pieces * cuts * sums_of_share);
+  std::fill_n(sums.get(), pieces * cuts * sums_of_share, 0.0f);
+
+  for_tasks(state_steps(p), pieces * cuts, [&](int64_t i) {
+    const int64_t which = i / cuts, share = i % cuts;
+    const int64_t channel = share * kShare, channels = std::min(kShare, p.dim - channel);
+    Scratch<float> scratch(selective_scratch(channels, states)), images(6 * image);
+    float *u = images.get(), *d_out = u + image, *du = d_out + image;
+    float *input = du + image, *upstream = input + image, *delta = upstream + image;
+    const Kernels& run = kernels();
+    for (int64_t b = p.batch * which / pieces; b < p.batch * (which + 1) / pieces; ++b) {
+      const Piece piece = {p, orders, b, channel, channels, stride};
+      run.pack_rows(piece.rows(image_of(p.u, b, channel), u, nullptr));
+      run.pack_rows(piece.rows(image_of(g.d_out, b, channel), d_out, nullptr));
+      for (int64_t k = 0; k < p.directions; ++k) {
+        const int32_t *places = orders.places(k), *steps = orders.steps(k, p.delta_by_step);
+        run.pack_rows(piece.rows(image_of(p.delta, b, k, channel), delta, steps));
+        SelectiveBackwardJob job = {};
+        job.scan =
+            piece.scan(k, piece.visited(u, k, input), delta, coefficients, g.stored, scratch.get());
+        job.d_out = piece.visited(d_out, k, upstream);
+        job.du = piece.scan_order(input);  // in place: a tile is read before it is written
+        job.ddelta = piece.scan_order(delta);
+        job.db = part(g.db, db, share, b * p.directions + k);
+        job.dc = part(g.dc, dc, share, b * p.directions + k);
+        job.sums = sums.get() + i * sums_of_share + k * sums_of_k;
+        run.selective_backward(job);
+        run.order_rows({input, du, places, p.length, stride, true, k > 0});
+        if (g.ddelta.data)
+          run.unpack_rows(piece.rows(image_of(g.ddelta, b, k, channel), delta, steps));
+      }
+      if (!p.directions) std::fill_n(du, image, 0.0f);
+      if (g.du.data) run.unpack_rows(piece.rows(image_of(g.du, b, channel), du, nullptr));
+    }
+  });
+
+  // The pieces in order.
+  for_tasks(pieces * cuts * sums_of_share, p.directions * cuts, [&](int64_t i) {
+    const int64_t k = i / cuts, share = i % cuts, first = share * kShare;
+    for (int64_t channel = first; channel < std::min(first + kShare, p.dim); ++channel) {
+      const auto total = [&](int64_t vector) {
+        const int64_t c = channel - first;
+        const int64_t at = k * sums_of_k + (c / lanes * layout.size + vector) * lanes + c % lanes;
+        float sum = 0.0f;
+        for (int64_t piece = 0; piece < pieces; ++piece)
+          sum += sums.get()[(piece * cuts + share) * sums_of_share + at];
+        return sum;
+      };
+      const auto write = [&](const Operand& x, int64_t offset, float value) {
+        static_cast<float*>(x.data)[k * x.stride[0] + channel * x.stride[1] + offset] = value;
+      };
+      if (g.da.data)
+        for (int64_t n = 0; n < states; ++n) write(g.da, n * g.da.stride[2], total(n));
+      if (g.dd.data) write(g.dd, 0, total(layout.dd));
+      if (g.ddelta_bias.data) write(g.ddelta_bias, 0, total(layout.dbias));
+    }
+  });
+  const auto add_shares = [&](const Operand& x, bool by_step, const float* parts) {
+    if (!x.data) return;
+    const int64_t chunks = ceil_div(p.length, kChunk);
+    for_tasks(all * cuts, p.batch * p.directions * chunks, [&](int64_t i) {
+      const int64_t bk = i / chunks, k = bk % p.directions, begin = i % chunks * kChunk;
+      const int64_t* to = x.stride;
+      float* out = static_cast<float*>(x.data) + bk / p.directions * to[0] + k * to[1];
+      for (int64_t t = begin; t < std::min(begin + kChunk, p.length); ++t) {
+        const int64_t place = by_step ? t : orders.places(k)[t];
+        for (int64_t n = 0; n < states; ++n) {
+          float sum = 0.0f;
+          for (int64_t share = 0; share < cuts; ++share)
+            sum += parts[share * all + bk * coefficient + t * states + n];
+          out[n * to[2] + place * to[3]] = sum;
+        }
+      }
+    });
+  };
+  add_shares(g.db, p.b_by_step, db.get());
+  add_shares(g.dc, p.c_by_step, dc.get());
+}
+
+}  // namespace pentad::scan
