@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan benchmark's cases of images: the cross-scan of VMamba, four selective scans summed."""
+"""The scan benchmark's cases of images: the cross-scan of VMamba, four selective scans summed.
+
+All of it "as the image lies", so that whoever scans must put u, delta, B and C in order; or with
+delta, B and C in the order of each scan already, as VMamba computes them.
+"""
 
 from __future__ import annotations
 
@@ -124,39 +128,52 @@ def random_image(batch: int, dim: int, height: int, width: int, states: int) -> 
 # Contenders --------------------------------------------------------------------------------------
 
 
-def scan2d(what: str, problem: Image) -> Call:
+def scan2d(what: str, by_step: bool, problem: Image) -> Call:
     from pentad.scan import scan2d
 
+    options = {"delta_softplus": True, "by_step": OVER_PLACES if by_step else ()}
+
     def op(u, delta, A, B, C, D, delta_bias):
-        return scan2d(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
+        return scan2d(u, delta, A, B, C, D, delta_bias=delta_bias, **options)
 
-    return PASSES[what](op, problem.leaves, problem.d_out)
+    leaves = problem.leaves_by_step if by_step else problem.leaves
+    return PASSES[what](op, leaves, problem.d_out)
 
 
-def permuted(scan: Callable[..., torch.Tensor]):
+def in_order(x: torch.Tensor, k: int, height: int, width: int) -> torch.Tensor:
+    """x (..., H W) by rows, by columns, or either backwards."""
+    x = x.unflatten(-1, (height, width)).mT.flatten(-2) if k % 2 else x
+    return x.flip(-1) if k >= 2 else x
+
+
+def permuted(scan: Callable[..., torch.Tensor], by_step: bool):
     """The image by rows, by columns and both backwards, four scans, and back."""
 
     def op(u, delta, A, B, C, D, delta_bias):
         height, width = u.shape[2:]
-        rows, columns = u.flatten(2), u.mT.flatten(2)
-        ways = rows, columns, rows.flip(2), columns.flip(2)
-        rows, columns, rows_back, columns_back = (
-            scan(way, delta[:, k], A[k], B[:, k], C[:, k], D[k], delta_bias[k])
-            for k, way in enumerate(ways)
-        )
+        ways = []
+        for k in range(DIRECTIONS):
+            given = delta[:, k], B[:, k], C[:, k]
+            if not by_step:
+                given = (in_order(x, k, height, width) for x in given)
+            steps, b, c = given
+            way = in_order(u.flatten(2), k, height, width)
+            ways.append(scan(way, steps, A[k], b, c, D[k], delta_bias[k]))
+        rows, columns, rows_back, columns_back = ways
         rows, columns = rows + rows_back.flip(2), columns + columns_back.flip(2)
         return rows.unflatten(2, (height, width)) + columns.unflatten(2, (width, height)).mT
 
     return op
 
 
-def permute_and_scan(what: str, problem: Image) -> Call:
+def permute_and_scan(what: str, by_step: bool, problem: Image) -> Call:
     from pentad.scan import selective_scan
 
     def scan(u, delta, A, B, C, D, delta_bias):
         return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=True)
 
-    return PASSES[what](permuted(scan), problem.leaves_by_step, problem.d_out)
+    leaves = problem.leaves_by_step if by_step else problem.leaves
+    return PASSES[what](permuted(scan, by_step), leaves, problem.d_out)
 
 
 def permute_and_mambapy(what: str, problem: Image) -> Call:
@@ -166,7 +183,7 @@ def permute_and_mambapy(what: str, problem: Image) -> Call:
         u, steps, B, C = (x.mT for x in (u, softplus(delta + delta_bias[:, None]), B, C))
         return MambaBlock.selective_scan(None, u, steps, A, B, C, D).mT
 
-    return PASSES[what](permuted(scan), problem.leaves_by_step, problem.d_out)
+    return PASSES[what](permuted(scan, True), problem.leaves_by_step, problem.d_out)
 
 
 # The cases ---------------------------------------------------------------------------------------
@@ -176,24 +193,33 @@ def setup(states: int, quick: bool, threads: int) -> Image:
     return random_image(1, 8, 6, 5, states) if quick else random_image(1, 192, 56, 56, states)
 
 
-def scan2d_case(what: str, states: int) -> Case:
+def scan2d_case(what: str, states: int, by_step: bool) -> Case:
     own, mambapy = "permute, four scans of pentad", "permute, four scans of mambapy"
-    once = what == "training"  # some ten seconds
+    checked = Image.check_by_step if by_step else Image.check
+    contenders = [
+        Contender("pentad", partial(scan2d, what, by_step), checked),
+        Contender(own, partial(permute_and_scan, what, by_step), checked),
+    ]
+    if by_step:
+        once = what == "training"  # some ten seconds
+        contenders.append(Contender(mambapy, partial(permute_and_mambapy, what), checked, once))
+    order = "delta, B and C in scan order" if by_step else "all as the image lies"
     return Case(
-        f"scan2d cross-scan {what} float32 1,192,56,56 N {states}",
+        f"scan2d cross-scan {what} float32 1,192,56,56 N {states}, {order}",
         partial(setup, states),
-        [
-            Contender("pentad", partial(scan2d, what), Image.check),
-            Contender(own, partial(permute_and_scan, what), Image.check_by_step),
-            Contender(mambapy, partial(permute_and_mambapy, what), Image.check_by_step, once),
-        ],
+        contenders,
         lambda problem: {
             "states": problem.states,
             "flop": problem.states * FLOP_PER_STATE[what],
         },
-        Target((own, mambapy), RATIO),
+        Target(tuple(c.name for c in contenders[1:]), RATIO),
         "float32",
     )
 
 
-CASES = [scan2d_case(what, states) for states in (16, 1) for what in ("forward", "training")]
+CASES = [
+    scan2d_case(what, states, by_step)
+    for states in (16, 1)
+    for what in ("forward", "training")
+    for by_step in (False, True)
+]

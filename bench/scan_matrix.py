@@ -97,8 +97,8 @@ def ssd_case(what: str, chunks: tuple[int, ...], ratio: float) -> Case:
 # A model -----------------------------------------------------------------------------------------
 
 
-def training_setup(quick: bool, threads: int) -> Training:
-    sizes = (1, 64, 32) if quick else (4, 768, 512)
+def training_setup(hidden: int, quick: bool, threads: int) -> Training:
+    sizes = (1, 64, 32) if quick else (4, hidden, 512)
     return random_training(*sizes, "mamba2")
 
 
@@ -117,16 +117,16 @@ def training_work(problem: Training) -> dict[str, float]:
     return {"flop": 6 * tokens * weights + config.num_hidden_layers * scan, "tokens": tokens}
 
 
-def model_case() -> Case:
+def model_case(hidden: int, target: Target | None) -> Case:
     return Case(
-        "Mamba2ForCausalLM training step, 4 layers, d 768, L 512, float32",
-        training_setup,
+        f"Mamba2ForCausalLM training step, 4 layers, d {hidden}, L 512, float32",
+        partial(training_setup, hidden),
         [
             Contender("transformers on pentad", partial(train, "pentad"), check_problem),
             Contender("transformers", partial(train, "plain"), check_problem),
         ],
         training_work,
-        Target("transformers", MODEL),
+        target,
         "float32",
     )
 
@@ -241,7 +241,8 @@ CASES = [
     ssd_case("forward", (256,), SSD_DEFAULT),
     ssd_case("forward", (64,), SSD_64),
     ssd_case("training", (256, 64), SSD_TRAINING),
-    model_case(),
+    model_case(768, Target("transformers", MODEL)),
+    model_case(256, None),
     *(delta_case(what) for what in ("forward", "training")),
     *(attention_case(what, False) for what in ("forward", "training")),
     *(attention_case(what, True) for what in ("forward", "training")),

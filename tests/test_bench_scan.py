@@ -73,10 +73,11 @@ def test_targets():
         ),
     }
     for what in ("forward", "training"):
-        peers = ("permute, four scans of pentad", "permute, four scans of mambapy")
+        own, mambapy = "permute, four scans of pentad", "permute, four scans of mambapy"
         for states in (16, 1):
             name = f"scan2d cross-scan {what} float32 1,192,56,56 N {states}"
-            matrices[name] = (peers, 2.0)
+            matrices[f"{name}, all as the image lies"] = ((own,), 2.0)
+            matrices[f"{name}, delta, B and C in scan order"] = ((own, mambapy), 2.0)
         peers = ("torch, in chunks", "transformers")
         matrices[f"delta_rule {what} float32 1,4096,8,64"] = (peers, 4.0)
         for decay in ("head", "key"):
@@ -247,7 +248,9 @@ def test_answers_of_images():
         with pytest.raises(AssertionError, match="is off by"):
             problem.check(wrong)
     for what in ("forward", "training"):
-        problem.check_by_step(images.permute_and_scan(what, problem)())
+        for make in (images.scan2d, images.permute_and_scan):
+            problem.check(make(what, False, problem)())
+            problem.check_by_step(make(what, True, problem)())
 
 
 def test_flop_of_matrix_states():

@@ -219,6 +219,12 @@ def test_gates_in_the_kernel(function):
     close(out, delta_rule(**inputs)[0])
 
 
+@pytest.mark.parametrize("function", [*GATED, *KEYED], ids=lambda f: f.__name__)
+def test_gates_in_the_kernel_need_their_rate(function):
+    with pytest.raises(ValueError, match="A_log is None, expected a tensor with use_gate_in_kern"):
+        function(**random_inputs(function), use_gate_in_kernel=True)
+
+
 @pytest.mark.parametrize("function", KEYED, ids=lambda f: f.__name__)
 def test_gates_per_key_in_the_kernel(function):
     inputs = random_inputs(function)

@@ -416,6 +416,7 @@ REFUSED = [
     ({"order": cross_order(3, 5) + 1}, ValueError, "order holds 15 in row 0, expected each of 0"),
     ({"order": cross_order(3, 5) - 1}, ValueError, "order holds -1 in row 0, expected each of 0"),
     ({"by_step": ("u",)}, ValueError, "by_step has 'u', expected"),
+    ({"by_step": "delta"}, TypeError, "by_step is 'delta', expected a tuple of names"),
     ({"C": torch.ones(2, 4, 3, 15).to("meta")}, pentad.DeviceError, "C is on meta but u is on cpu"),
 ]  # fmt: skip
 

@@ -141,6 +141,22 @@ def test_autocast_takes_the_wider_dtype():
     assert_close(got, direct(u, kernel))
 
 
+def test_both_have_gradients_where_there_are_no_steps():
+    u, kernel = torch.ones(2, 3, 0, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    grads = torch.autograd.grad(long_conv(u, kernel).sum(), (u, kernel))
+    assert_close(grads[1], torch.zeros(3, 4))
+
+
+def test_other_devices():
+    """Torch's functions run on any: there is no kernel whose absence would be an error."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    moved = (torch.ones(size).as_subclass(Elsewhere) for size in ((2, 3, 4), (3, 5)))
+    assert_close(long_conv(*moved).as_subclass(torch.Tensor), torch.arange(1.0, 5).expand(2, 3, 4))
+
+
 U, K = torch.ones(2, 3, 4), torch.ones(3, 4)
 REFUSED = [
     ({"u": [1.0]}, TypeError, "u is list, expected a torch tensor"),
@@ -177,7 +193,7 @@ def run(A, B, C, length):
     state, ys = B.new_zeros(1, *B.shape), []
     u = torch.ones(1, B.shape[0], dtype=B.real.dtype if B.is_complex() else B.dtype)
     for _ in range(length):
-        y, state = kernels.step(state, u, A, B, C)
+        y = kernels.step(state, u, A, B, C)
         u = torch.zeros_like(u)
         ys.append(y[0])
     return torch.stack(ys, -1)
@@ -408,6 +424,43 @@ def test_kernels_in_single_precision(name):
 
 
 @each
+def test_autocast_leaves_kernels_in_single_precision(name):
+    function, given = made(name, torch.complex64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = function(*given)
+    torch.testing.assert_close(got, function(*given), rtol=0, atol=0)
+
+
+@each
+def test_kernels_on_other_devices(name):
+    function, given = made(name, torch.complex64)
+    got = function(*(t.to("meta") for t in given))
+    want = function(*given)
+    assert (got.device.type, got.dtype, got.shape) == ("meta", want.dtype, want.shape)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_steps_change_the_state_in_place_and_have_gradients(dense):
+    A, B, C = torch.randn(2, 3, 3).double(), torch.randn(2, 3).double(), torch.randn(2, 3).double()
+    A = A if dense else A[..., 0]
+    inputs = torch.randn(4, 1, 2).double()
+    leaves = [t.requires_grad_() for t in (A, B, C, inputs)]
+
+    def stepped(A, B, C, inputs):
+        state = torch.zeros(1, 2, 3, dtype=torch.float64)
+        ys = [kernels.step(state, u, A, B, C) for u in inputs]
+        return torch.stack(ys), state
+
+    ys, state = stepped(*leaves)
+    h, want = torch.zeros(1, 2, 3, dtype=torch.float64), []
+    for u in inputs:
+        h = (torch.einsum("dnm,bdm->bdn", A, h) if dense else A * h) + B * u[..., None]
+        want.append((C * h).sum(-1))
+    torch.testing.assert_close((ys, state), (torch.stack(want), h))
+    assert torch.autograd.gradcheck(stepped, leaves)
+
+
+@each
 def test_kernels_of_no_length(name):
     A, C, dt = stable(2, 3), complex_drawn(2, 3), torch.rand(2).double()
     if name == "s4":
@@ -430,9 +483,15 @@ REFUSED_KERNELS = [
     (kernels.s4, (A, A, A, C, DT.int(), 4), TypeError, "[s4] dt has dtype int32"),
     (kernels.s4, (A, A[:1], A, C, DT, 4), ValueError, "[s4] P has shape (1, 3)"),
     (kernels.step, (A, DT, A, A, C), ValueError, "[step] state has shape (2, 3), expected (B,"),
+    (
+        kernels.step, (DT.expand(1, 2, 2), DT[None], A[:, :2], A[:, :2], C[:, :2]), TypeError,
+        "[step] state has dtype float32, expected a complex one",
+    ),
+    (kernels.s4d, (A, C, DT, 4.0), TypeError, "[s4d] length is float, expected an int"),
+    (kernels.s4d_inv, (4.0,), TypeError, "[s4d_inv] states is float, expected an int"),
     (kernels.s4d_lin, (3,), ValueError, "[s4d_lin] states is 3, expected an even number"),
     (kernels.hippo_legs, (0,), ValueError, "[hippo_legs] states is 0, expected 1 or more"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("function", "given", "kind", "text"), REFUSED_KERNELS)

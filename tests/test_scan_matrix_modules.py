@@ -358,6 +358,19 @@ def test_initialisation_of_gated_delta_net():
     assert "num_v_heads=200" in repr(layer)
 
 
+def test_step_sizes_are_drawn_in_float32():
+    """Whatever the default; bfloat16 has 3 digits for a range of 100."""
+    torch.manual_seed(0)
+    want = made("mamba2").dt_bias
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        torch.manual_seed(0)
+        got = made("mamba2").dt_bias
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want.bfloat16())
+
+
 def test_heads_of_retention_forget_at_different_rates():
     layer = made("retention plain")
     torch.testing.assert_close(
@@ -461,12 +474,16 @@ def test_it_learns(name):
     [
         ("Mamba2", {"headdim": 5}, "headdim is 5, expected a divisor of 24 channels"),
         ("Mamba2", {"headdim": 8, "ngroups": 2}, "ngroups is 2, expected a divisor of 3 heads"),
+        ("Mamba2", {"headdim": 0}, "headdim is 0, expected a divisor of 24 channels"),
+        ("Mamba2", {"headdim": 8, "ngroups": 0}, "ngroups is 0, expected a divisor of 3 heads"),
         ("Mamba2", {"headdim": 4, "d_ssm": 32}, "d_ssm is 32, expected 1 to 24"),
         ("Mamba2", {"headdim": 4, "A_init_range": (0, 1)}, "A_init_range is"),
         ("Mamba2", {"headdim": 4, "process_group": 1}, "process_group is 1"),
         ("Mamba2", {"headdim": 4, "expand": 1.3}, r"expand \* d_model is"),
         ("GatedDeltaNet", {"num_heads": 4, "num_v_heads": 6}, "num_v_heads is 6"),
+        ("GatedDeltaNet", {"num_heads": 0}, "num_v_heads is 0, expected a multiple of 0 num_heads"),
         ("GatedDeltaNet", {"head_dim": 3, "expand_v": 1.5}, "expand_v"),
+        ("MultiScaleRetention", {"num_heads": 0}, "num_heads is 0, expected at least 1"),
         ("MultiScaleRetention", {"num_heads": 5}, "expand_k"),
         ("MultiScaleRetention", {"num_heads": 4}, "even number of dimensions per head"),
     ],
@@ -482,6 +499,13 @@ def test_what_is_refused(name):
     states = layer.allocate_inference_cache(1, 2)
     with pytest.raises(ValueError, match=r"hidden_states has shape \(1, 2, 12\)"):
         layer.step(torch.zeros(1, 2, DIM), *states)
+    for shape in ((2, DIM), (1, 2, DIM + 1)):
+        with pytest.raises(ValueError, match=rf"expected \(B, L, {DIM}\)"):
+            layer(torch.zeros(shape))
+    params = cache()
+    layer(torch.zeros(2, 3, DIM), inference_params=params)
+    with pytest.raises(ValueError, match="has 2 rows for a batch of 1"):
+        layer(torch.zeros(1, 3, DIM), inference_params=params)
     layer.layer_idx = None
     with pytest.raises(ValueError, match="layer_idx is None"):
         layer(torch.zeros(1, 2, DIM), inference_params=cache())

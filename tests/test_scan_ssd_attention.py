@@ -151,12 +151,22 @@ def test_nothing_to_attend_to():
     empty = {**given, **{name: given[name][:, :0] for name in ("dt", "B", "C")}}
     assert ssd_attention_matrix(**empty).shape == (B, 0, 0)
     assert ssd_attention_matrix(**empty, reduce=None).shape == (B, H, 0, 0)
+    headless = {**given, "dt": given["dt"][..., :0], "A": given["A"][:0]}
+    assert torch.equal(
+        ssd_attention_matrix(**headless), torch.zeros(B, L, L, dtype=given["B"].dtype)
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"reduce": "max"}, ValueError, "reduce is 'max'"),
+        ({"reduce": ["sum"]}, ValueError, "reduce is ['sum']"),
+        (
+            {n: torch.zeros(B, L, G, 1025) for n in "BC"},
+            ValueError,
+            "B has 1025 keys, expected 1 to 1024",
+        ),
         ({"reduce": None, "x": torch.zeros(B, L, H, P)}, ValueError, "x cannot be used"),
         ({"A": torch.zeros(3)}, ValueError, "B has 2 groups but A has 3 heads"),
         ({"dt": torch.zeros(B, L, 3)}, ValueError, "dt has shape (2, 19, 3)"),

@@ -6,6 +6,7 @@
 
 #include "common/ceil_div.h"
 #include "common/scratch.h"
+#include "scan/operands.h"
 #include "scan/scan.h"
 #include "scan/scan_drive.h"
 
@@ -13,11 +14,6 @@ namespace pentad::scan {
 namespace {
 
 constexpr int64_t kPieceBytes = 1 << 18;  // of the weight, about
-
-Strided strided(const Operand& x, int64_t offset, int64_t channel, int64_t time = 0) {
-  if (!x.data) return {};
-  return {static_cast<char*>(x.data) + offset * size_of(x.dtype), x.dtype, channel, time};
-}
 
 }  // namespace
 

@@ -28,7 +28,7 @@ namespace pentad::scan {
 //
 // Error budget: fp32 from the reading of the inputs to the rounding of the outputs. With one decay
 // per head, products of a chunk's decays are taken by multiplication, never by division or by
-// differences of logarithms.
+// differences of logarithms; they must be finite, which those of decays below 4 are.
 struct MatrixScan {
   int64_t batch = 0, length = 0, heads = 0, groups = 1, keys = 0, values = 0;
   bool delta = false, reverse = false;

@@ -18,12 +18,13 @@ struct Rows {
   int64_t head, row, column;
 };
 
-// One sequence of some heads of one group: the whole walk over time.
+// One sequence of some heads: the whole walk over time.
 struct MatrixJob {
   int64_t steps, heads, keys, values;
+  int64_t shared;  // heads that have q and k in common
   bool delta;
   float scale;
-  Rows q, k;            // (-, t, n)
+  Rows q, k;            // (h / shared, t, n)
   Rows v;               // (h, t, p)
   Rows a, w;            // (h, t, -), f32
   Rows d;               // (h, -, p), f32
@@ -38,7 +39,7 @@ struct MatrixForwardJob {
   Rows out, last;
 };
 
-// dq and dk are overwritten with the sums over the heads of the job; dd is added to.
+// dq and dk are overwritten with the sums over the heads that share q and k; dd is added to.
 struct MatrixBackwardJob {
   MatrixJob scan;
   Rows d_out, d_last, dq, dk, dv, da, dw, dd, dinitial;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "scan/matrix_scan.h"
+#include "scan/operands.h"
 #include "scan/scan_drive.h"
 
 namespace pentad::scan {
@@ -12,12 +13,6 @@ namespace pentad::scan {
 void matrix_update(const MatrixUpdate& p) {
   if (p.v.dtype == DType::f64 || p.keys > kUpdateKeys) return reference_matrix_update(p);
   if (p.heads == 0) return;
-  // From element `first` on.
-  const auto strided = [](const Operand& x, int64_t first, int64_t channel,
-                          int64_t time = 0) -> Strided {
-    if (!x.data) return {};
-    return {static_cast<char*>(x.data) + first * size_of(x.dtype), x.dtype, channel, time};
-  };
   const Kernels& level = kernels();
   for_tasks(p.batch * p.heads * p.keys * p.values, p.batch * p.heads, [&](int64_t i) {
     const int64_t b = i / p.heads, h = i % p.heads, group = h / (p.heads / p.groups);

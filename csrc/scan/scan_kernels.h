@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The inner kernels that exist once per instruction-set level (*_simd.inc), as plain structs and
-// function pointers. selective_scan.cc, recurrence.cc, causal_conv.cc, state_update.cc and
-// few_rows_linear.cc drive them.
+// function pointers. The drivers, one per subject, fill the structs and call them.
 #pragma once
 #include <stdint.h>
 

@@ -9,6 +9,7 @@
 #include "common/ceil_div.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "scan/operands.h"
 #include "scan/scan.h"
 #include "scan/scan_drive.h"
 
@@ -17,21 +18,6 @@ namespace {
 
 constexpr int64_t kShare = 128;        // channels of a backward job: dB, dC of one cost 1/128 of h
 constexpr int64_t kSequenceParts = 8;  // most pieces of the batch in the backward pass
-
-void* moved(const Operand& x, int64_t elements) {
-  return x.data ? static_cast<char*>(x.data) + elements * size_of(x.dtype) : nullptr;
-}
-
-// Sequence s: where its first step in scan order lies.
-struct Sequence {
-  int64_t batch, first, steps, chunk;  // chunk: its first among the stored ones
-};
-Sequence sequence(const SelectiveScan& p, int64_t s) {
-  Sequence q = {s, 0, p.length, s * ceil_div(p.length, kChunk)};
-  if (!p.begin.empty()) q = {0, p.begin[s], p.begin[s + 1] - p.begin[s], p.begin[s] / kChunk + s};
-  if (p.reverse) q.first += q.steps - 1;
-  return q;
-}
 
 Strided steps_of(const SelectiveScan& p, const Operand& x, const Sequence& q, int64_t channel) {
   const int64_t first = q.batch * x.stride[0] + channel * x.stride[1] + q.first * x.stride[2];
@@ -53,7 +39,7 @@ States group_of(const SelectiveScan& p, const Operand& x, const Sequence& q, int
 
 SelectiveJob job_of(const SelectiveScan& p, int64_t s, int64_t group, int64_t channel,
                     int64_t channels, const float* stored, float* scratch) {
-  const Sequence q = sequence(p, s);
+  const Sequence q = sequence(p, s, kChunk);
   SelectiveJob job = {};
   job.channels = channels;
   job.steps = q.steps;
@@ -114,7 +100,7 @@ void selective_scan_forward(const SelectiveScan& p, const Operand& out, const Op
     Scratch<float> scratch(selective_scratch(channels, width));
     SelectiveForwardJob job = {};
     job.scan = job_of(p, s, share.group, share.begin, channels, stored, scratch.get());
-    job.out = steps_of(p, out, sequence(p, s), share.begin);
+    job.out = steps_of(p, out, sequence(p, s, kChunk), share.begin);
     job.last = states_of(last, s * last.stride[0], share.begin, 1);
     kernels().selective_forward(job);
   });
@@ -136,11 +122,11 @@ void selective_scan_backward(const SelectiveScan& p, const SelectiveScanGradient
   const auto target = [&](const Operand& x, bool constant, float* parts, const Share& share,
                           int64_t index, int64_t s) -> States {
     if (!x.data || constant) return {};
-    if (!apart) return group_of(p, x, sequence(p, s), share.group);
+    if (!apart) return group_of(p, x, sequence(p, s, kChunk), share.group);
     const int64_t time = width, group = p.length * time, batch = p.groups * group;
     const Operand part = {
         parts + index % per_group * rows, DType::f32, {batch, group, p.parts(), time, 1}};
-    return group_of(p, part, sequence(p, s), share.group);
+    return group_of(p, part, sequence(p, s, kChunk), share.group);
   };
 
   // What is summed over time: [piece][share][block of lanes][SelectiveSums].
@@ -155,7 +141,7 @@ void selective_scan_backward(const SelectiveScan& p, const SelectiveScanGradient
     const int64_t channels = share.end - share.begin;
     Scratch<float> scratch(selective_scratch(channels, width));
     for (int64_t s = sequences * piece / pieces; s < sequences * (piece + 1) / pieces; ++s) {
-      const Sequence q = sequence(p, s);
+      const Sequence q = sequence(p, s, kChunk);
       SelectiveBackwardJob job = {};
       job.scan = job_of(p, s, share.group, share.begin, channels, g.stored, scratch.get());
       job.d_out = steps_of(p, g.d_out, q, share.begin);

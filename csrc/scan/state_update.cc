@@ -8,6 +8,7 @@
 
 #include "common/ceil_div.h"
 #include "common/parallel.h"
+#include "scan/operands.h"
 #include "scan/scan.h"
 
 namespace pentad::scan {
@@ -15,11 +16,6 @@ namespace {
 
 constexpr int64_t kBlockStates = 1 << 13;  // of a task, about
 constexpr int64_t kSmall = 1 << 16;        // states that one thread updates alone, 10 us
-
-Strided strided(const Operand& x, int64_t offset, int64_t channel, int64_t time = 0) {
-  if (!x.data) return {};
-  return {static_cast<char*>(x.data) + offset * size_of(x.dtype), x.dtype, channel, time};
-}
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #include "common/ceil_div.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
+#include "scan/operands.h"
 #include "scan/scan2d.h"
 #include "scan/scan2d_kernels.h"
 #include "scan/scan_drive.h"
@@ -15,19 +16,6 @@ namespace {
 
 constexpr int64_t kShare = 64;         // channels of a backward job
 constexpr int64_t kSequenceParts = 8;  // most pieces of the batch in the backward pass
-
-void* moved(const Operand& x, int64_t elements) {
-  return x.data ? static_cast<char*>(x.data) + elements * size_of(x.dtype) : nullptr;
-}
-Strided image_of(const Operand& x, int64_t b, int64_t channel) {
-  const int64_t* stride = x.stride;
-  return {moved(x, b * stride[0] + channel * stride[1]), x.dtype, stride[1], stride[2]};
-}
-Strided image_of(const Operand& x, int64_t b, int64_t axis, int64_t channel) {
-  const int64_t* stride = x.stride;
-  return {moved(x, b * stride[0] + axis * stride[1] + channel * stride[2]), x.dtype, stride[2],
-          stride[3]};
-}
 
 // Bl, Bt and C as floats, [b][three][place][n].
 struct Coefficients {

@@ -74,6 +74,12 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(f"[{ctx.op}] the gradient cannot be differentiated a second time")
 
 
+def spread(op, grads, wanted, inputs):
+    """One gradient or None for each input, from those of the wanted ones; once differentiable."""
+    grads = iter(differentiated_once(op, grads, inputs))
+    return tuple(next(grads) if want else None for want in wanted)
+
+
 def differentiated_once(op, grads, inputs):
     """The gradients that a backward pass returns, which depend on all `inputs`.
 

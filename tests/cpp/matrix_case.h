@@ -24,10 +24,15 @@ struct MatricesCase : Case<P> {
   using Case<P>::size;
 
   MatricesCase(DType type, bool is_small) : Case<P>(type, is_small) {
-    p.keys = small ? pick(1, 3) : random_size();
-    p.values = small ? pick(1, 3) : random_size();
+    // Many heads of a group are several jobs of the backward pass.
+    const bool many = !small && chance(0.15);
+    p.keys = small ? pick(1, 3) : many ? pick(1, 17) : random_size();
+    p.values = small ? pick(1, 3) : many ? pick(1, 17) : random_size();
+    // The most that the bindings let through, and what is padded up to it.
+    if (!small && !many && chance(0.04))
+      (chance(0.5) ? p.keys : p.values) = chance(0.5) ? 1009 : 1024;
     p.groups = pick(1, 2);
-    p.heads = p.groups * pick(1, 2);
+    p.heads = p.groups * (many ? pick(7, 14) : pick(1, 2));
     if (!small && chance(0.02)) p.heads = 0;
     p.delta = option("delta", 0.5);
     p.key_decay = option("key_decay", 0.35);
@@ -92,6 +97,7 @@ struct MatrixCase : MatricesCase<MatrixScan> {
     p.length = !small ? lengths[pick(0, 10)] : chance(0.05) ? kMatrixChunk + 2 : pick(0, 4);
     p.batch = !small && chance(0.03) ? 0 : pick(1, 2);
     // A limit to the time that the definition takes.
+    if (std::max(p.keys, p.values) > 1000) p.length = std::min<int64_t>(p.length, 65);
     if (p.length * p.heads * p.keys * p.values > 1 << 20) p.batch = 1, p.heads = p.groups = 1;
     p.reverse = option("reverse", 0.3);
     if (option("packed", 0.3)) {

@@ -3,7 +3,7 @@
 
 import torch
 
-from pentad._ops import define, differentiated_once, forward_mode, quick_apply
+from pentad._ops import define, forward_mode, quick_apply, spread
 from pentad.attention import _kernels
 
 # Defaults are what makes a call cheap: those at the end need not be carried to the kernel.
@@ -105,8 +105,7 @@ class _Attention(torch.autograd.Function):
             d_out, d_lse, d_key_mass, out, lse, wanted, q, k, v, *settings[:4], *options, *more
         )
         inputs = (d_out, d_lse, d_key_mass, q, k, v, *options[:_LISTS])
-        grads = iter(differentiated_once("attention", grads, inputs))
-        given = [next(grads) if want else None for want in wanted]
+        given = spread("attention", grads, wanted, inputs)
         return (None, *given, *(None,) * (len(wants) - 1 - len(given)))
 
 

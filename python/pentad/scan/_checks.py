@@ -65,13 +65,19 @@ def check_rank(op, name, tensor, rank, letters):
         raise ValueError(f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {letters}")
 
 
-def check_devices(op, first, **others):
-    """One device for all, and one that has a kernel; `first` is (name, tensor)."""
+def check_one_device(op, first, **others):
+    """One device for all; `first` is (name, tensor)."""
     name, tensor = first
     device = tensor.device
     for other, t in others.items():
         if isinstance(t, torch.Tensor) and t.device != device:
             raise DeviceError(f"[{op}] {other} is on {t.device} but {name} is on {device}")
+
+
+def check_devices(op, first, **others):
+    """One device for all, and one that has a kernel; `first` is (name, tensor)."""
+    check_one_device(op, first, **others)
+    device = first[1].device
     if device.type not in ("cpu", "meta"):
         raise DeviceError(f"[{op}] there is no {device.type} kernel, only a CPU one")
 
@@ -119,6 +125,22 @@ def weights(op, weight, bias, dtype, dim):
         if dtype == torch.float64 or bias.dtype == torch.float64:
             bias = parameter(op, "bias", bias, accumulator(dtype), (dim,), whose="x")
     return weight, bias
+
+
+def check_number(op, name, value):
+    """The value as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"[{op}] {name} is {type(value).__name__}, expected a number") from None
+
+
+def check_integer(op, name, value):
+    """The value as an int."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"[{op}] {name} is {type(value).__name__}, expected an int") from None
 
 
 def promoted(*tensors):
@@ -182,7 +204,7 @@ def check_state_update(op, state, x, dt, A, B, C, D, z, dt_bias, rows):
     for name, tensor in (("D", D), ("dt_bias", dt_bias)):
         if tensor is not None:
             parameter(op, name, tensor, accumulator(x.dtype), tuple(heads), whose="x")
-    _check_rows(op, "state_batch_indices", rows, batch, "state", state)
+    check_rows(op, "state_batch_indices", rows, batch, "state", state)
 
 
 def check_conv_update(op, x, state, weight, bias, positions, rows):
@@ -206,10 +228,11 @@ def check_conv_update(op, x, state, weight, bias, positions, rows):
         )
     if positions is not None:
         check_integers(op, "cache_seqlens", positions, (batch,))
-    _check_rows(op, "conv_state_indices", rows, batch, "conv_state", state)
+    check_rows(op, "conv_state_indices", rows, batch, "conv_state", state)
 
 
-def _check_rows(op, name, rows, batch, state_name, state):
+def check_rows(op, name, rows, batch, state_name, state):
+    """Where a batch finds its rows in a cache."""
     if rows is not None:
         check_integers(op, name, rows, (batch,))
     elif state.shape[0] != batch:

@@ -10,6 +10,8 @@ from pentad.scan._checks import accumulator
 from pentad.scan.functional import causal_conv1d
 from pentad.scan.update import causal_conv1d_update
 
+_EPSILON = 1e-6  # beside a squared length
+
 
 class GatedRMSNorm(torch.nn.Module):
     """RMSNorm of groups of channels, times ``silu(z)`` before or after (Zhang & Sennrich 2019,
@@ -73,9 +75,10 @@ def rates(A_log):
 
 def step_bias(heads, low, high, floor, **made):
     """Biases whose softplus is log-uniform between two step sizes, and at least `floor`."""
-    dt = torch.empty(heads, device=made["device"]).uniform_(math.log(low), math.log(high)).exp()
-    dt.clamp_(min=floor)
-    return (dt + torch.log(-torch.expm1(-dt))).to(made["dtype"])  # the inverse of softplus
+    dt = torch.empty(heads, dtype=torch.float32, device=made["device"])
+    dt = dt.uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
+    inverse = dt + torch.log(-torch.expm1(-dt))  # of softplus
+    return inverse.to(made["dtype"] or torch.get_default_dtype())
 
 
 def no_decay(*parameters):
@@ -93,7 +96,21 @@ def cached_states(layer, inference_params, batch):
     memory = inference_params.key_value_memory_dict
     if layer.layer_idx not in memory:
         memory[layer.layer_idx] = layer.allocate_inference_cache(batch, 0)
-    return memory[layer.layer_idx]
+    states = memory[layer.layer_idx]
+    if states[0].shape[0] != batch:
+        raise ValueError(
+            f"[{type(layer).__name__}] the cache of inference_params has {states[0].shape[0]} rows "
+            f"for a batch of {batch}"
+        )
+    return states
+
+
+def check_steps(layer, name, x, size):
+    """(B, L, size)."""
+    if x.ndim != 3 or x.shape[2] != size:
+        raise ValueError(
+            f"[{type(layer).__name__}] {name} has shape {tuple(x.shape)}, expected (B, L, {size})"
+        )
 
 
 def one_token(layer, hidden_states, size):
@@ -104,6 +121,12 @@ def one_token(layer, hidden_states, size):
             f"expected (B, 1, {size})"
         )
     return hidden_states.squeeze(1)
+
+
+def unit_length(x):
+    """x over its length along the last dimension, in its dtype."""
+    wide = x.to(accumulator(x.dtype))
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _EPSILON)).to(x.dtype)
 
 
 def whole(op, name, value):

@@ -5,8 +5,8 @@ from pentad.scan._checks import (
     accumulator,
     check_devices,
     check_dtype,
-    check_integers,
     check_rank,
+    check_rows,
     check_shape,
     check_tensor,
     name_of,
@@ -39,11 +39,13 @@ def check_inputs(op, q, k, v, *, names=("q", "k", "v"), steps=True, **others):
 
 def check_sizes(op, k, v, *, names=("k", "v")):
     """The numbers of keys and of values, as they come to the kernel."""
-    for name, tensor, what in ((names[0], k, "keys"), (names[1], v, "values")):
-        if not 1 <= tensor.shape[-1] <= MAX_SIZE:
-            raise ValueError(
-                f"[{op}] {name} has {tensor.shape[-1]} {what}, expected 1 to {MAX_SIZE}"
-            )
+    check_size(op, names[0], k, "keys")
+    check_size(op, names[1], v, "values")
+
+
+def check_size(op, name, tensor, what):
+    if not 1 <= tensor.shape[-1] <= MAX_SIZE:
+        raise ValueError(f"[{op}] {name} has {tensor.shape[-1]} {what}, expected 1 to {MAX_SIZE}")
 
 
 def factors(op, decay, log_space, v, keys):
@@ -96,10 +98,4 @@ def check_step(op, state, q, k, v, decay, beta, rows):
     check_shape(op, "state", state, (state.shape[0], heads, k.shape[2], v.shape[2]))
     if beta is not None:
         parameter(op, "beta", beta, accumulator(v.dtype), (batch, heads), whose="v")
-    if rows is not None:
-        check_integers(op, "state_batch_indices", rows, (batch,))
-    elif state.shape[0] != batch:
-        raise ValueError(
-            f"[{op}] state has {state.shape[0]} rows for a batch of {batch}, "
-            "which needs state_batch_indices"
-        )
+    check_rows(op, "state_batch_indices", rows, batch, "state", state)

@@ -4,7 +4,7 @@
 import torch
 
 from pentad._errors import DeviceError
-from pentad._ops import define, differentiated_once, needs_grad, quick_apply
+from pentad._ops import define, needs_grad, quick_apply, spread
 from pentad.scan import _kernels
 
 _SCAN = (
@@ -119,12 +119,6 @@ conv_update = define(
 # --- Gradients ------------------------------------------------------------------------------------
 
 
-def _spread(op, grads, wanted, inputs):
-    """One gradient or None for each input, once differentiable."""
-    grads = iter(differentiated_once(op, grads, inputs))
-    return tuple(next(grads) if want else None for want in wanted)
-
-
 @quick_apply
 class _SelectiveScan(torch.autograd.Function):
     """Keeps the inputs and every `_kernels.CHUNK`-th state."""
@@ -153,7 +147,7 @@ class _SelectiveScan(torch.autograd.Function):
             d_last, stored, *tensors, *ctx.settings, wanted,
         )  # fmt: skip
         inputs = d_out, d_last, *tensors[:9]
-        return None, *_spread("selective_scan", grads, wanted, inputs), None
+        return None, *spread("selective_scan", grads, wanted, inputs), None
 
 
 def selective_scan(*arguments):
@@ -180,7 +174,7 @@ class _Recurrence(torch.autograd.Function):
         a, x, h0, h = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         grads = recurrence_backward(dh, a, x, h0, h, *ctx.settings, wanted)
-        return None, *_spread("linear_recurrence", grads, wanted, (dh, a, x, h0))
+        return None, *spread("linear_recurrence", grads, wanted, (dh, a, x, h0))
 
 
 def linear_recurrence(a, x, h0, *settings):
@@ -215,7 +209,7 @@ class _CausalConv(torch.autograd.Function):
             d_final, *tensors, ctx.silu, wanted,
         )  # fmt: skip
         inputs = d_out, d_final, *tensors[:4]
-        return None, *_spread("causal_conv1d", grads, wanted, inputs), None, None
+        return None, *spread("causal_conv1d", grads, wanted, inputs), None, None
 
 
 def causal_conv1d(*arguments):

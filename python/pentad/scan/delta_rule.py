@@ -3,7 +3,13 @@
 
 import torch
 
-from pentad.scan._checks import accumulator, check_cu_seqlens, parameter, promoted
+from pentad.scan._checks import (
+    accumulator,
+    check_cu_seqlens,
+    check_number,
+    parameter,
+    promoted,
+)
 from pentad.scan._matrix_checks import check_inputs, check_sizes, factors
 from pentad.scan.matrix_autograd import matrix_scan
 
@@ -43,8 +49,8 @@ def delta_rule(
         How much of the difference is written. Taken in float32; float64 only with float64 `v`, here
         and below.
     decay : (H,), (B, L, H), (H, N) or (B, L, H, N) float, optional
-        Factors of the state per head or per key, constant or for each step; any numbers, 0 and
-        negative ones included.
+        Factors of the state per head or per key, constant or for each step: any numbers, 0 and
+        negative ones included, of which the products of 64 steps are finite.
     log_space : bool
         `decay` is the logarithm of the factors.
     scale : float
@@ -100,7 +106,7 @@ def delta_rule(
     out, last = matrix_scan(
         op, q, k, v, a=factors(op, decay, log_space, v, k.shape[3]),
         w=parameter(op, "beta", beta, wide, tuple(v.shape[:3]), whose="v"), initial=initial_state,
-        cu_seqlens=cu_seqlens, delta=True, reverse=bool(reverse), scale=float(scale),
-        want_last=bool(return_final_state),
+        cu_seqlens=cu_seqlens, delta=True, reverse=bool(reverse),
+        scale=check_number(op, "scale", scale), want_last=bool(return_final_state),
     )  # fmt: skip
     return (out, last) if return_final_state else out

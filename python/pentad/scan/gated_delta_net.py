@@ -8,6 +8,7 @@ from pentad.scan._checks import accumulator
 from pentad.scan._layers import (
     GatedRMSNorm,
     cached_states,
+    check_steps,
     convolved,
     convolved_step,
     depthwise,
@@ -15,13 +16,12 @@ from pentad.scan._layers import (
     one_token,
     rates,
     step_bias,
+    unit_length,
     whole,
 )
 from pentad.scan.delta_rule import delta_rule
 from pentad.scan.matrix_update import delta_rule_update
 from pentad.scan.modules import _project
-
-_EPSILON = 1e-6  # beside the squared length of queries and keys
 
 
 class GatedDeltaNet(torch.nn.Module):
@@ -101,9 +101,10 @@ class GatedDeltaNet(torch.nn.Module):
         self.use_gate, self.use_short_conv = use_gate, use_short_conv
         self.allow_neg_eigval, self.conv_size = allow_neg_eigval, conv_size
         self.layer_idx = layer_idx
-        if self.num_v_heads % num_heads:
+        if num_heads < 1 or self.num_v_heads % num_heads:
             raise ValueError(
-                f"[GatedDeltaNet] num_v_heads is {num_v_heads}, expected a multiple of {num_heads}"
+                f"[GatedDeltaNet] num_v_heads is {self.num_v_heads}, "
+                f"expected a multiple of {num_heads} num_heads, at least 1"
             )
         keys, values = num_heads * head_dim, self.num_v_heads * self.head_v_dim
         made = {"device": device, "dtype": dtype}
@@ -137,6 +138,7 @@ class GatedDeltaNet(torch.nn.Module):
         in mamba_ssm) the states after the last step are kept there; an offset above 0 continues
         from them, by one step or by many.
         """
+        check_steps(self, "hidden_states", hidden_states, self.hidden_size)
         state, convs, goes_on = None, (None, None, None), False
         if inference_params is not None:
             states = cached_states(self, inference_params, hidden_states.shape[0])
@@ -220,7 +222,7 @@ class GatedDeltaNet(torch.nn.Module):
 
     def _heads(self, q, k, v):
         """By heads, with queries and keys of length 1."""
-        q, k = (_unit_length(t.unflatten(-1, (self.num_heads, self.head_dim))) for t in (q, k))
+        q, k = (unit_length(t.unflatten(-1, (self.num_heads, self.head_dim))) for t in (q, k))
         return q, k, self._gate(v)
 
     def _gate(self, x):
@@ -232,8 +234,3 @@ class GatedDeltaNet(torch.nn.Module):
         beta = b.to(wide).sigmoid()
         decay = rates(self.A_log) * softplus(a.to(wide) + self.dt_bias)
         return 2 * beta if self.allow_neg_eigval else beta, decay.to(wide)
-
-
-def _unit_length(x):
-    wide = x.to(accumulator(x.dtype))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + _EPSILON)).to(x.dtype)

@@ -22,7 +22,24 @@ import math
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pentad.scan._checks import COMPLEX, FLOATS, check_shape, check_tensor, complex_of, real_of
+from pentad._ops import needs_grad
+from pentad.scan._checks import (
+    COMPLEX,
+    FLOATS,
+    check_integer,
+    check_shape,
+    check_tensor,
+    complex_of,
+    name_of,
+    real_of,
+)
+from pentad.scan.transitions import (
+    hippo_legs,
+    legs_nplr,
+    s4d_inv,
+    s4d_legs,
+    s4d_lin,
+)
 
 __all__ = [
     "dss",
@@ -41,97 +58,6 @@ __all__ = [
 
 _REAL = (torch.float32, torch.float64)
 _NODES = 1 << 22  # complex numbers at a time in the Cauchy product
-
-
-# --- Initial transitions --------------------------------------------------------------------------
-
-
-def hippo_legs(states):
-    """The transition and input of HiPPO-LegS, float64 (N, N) and (N,).
-
-    ``A_nk = -sqrt((2n+1)(2k+1))`` below the diagonal, ``-(n+1)`` on it; ``B_n = sqrt(2n+1)`` (Gu et
-    al. 2020, "HiPPO: Recurrent Memory with Optimal Polynomial Projections", arXiv 2008.07669,
-    theorem 2).
-
-    Examples
-    --------
-    >>> from pentad.scan import kernels
-    >>> A, B = kernels.hippo_legs(2)
-    >>> A
-    tensor([[-1.0000, -0.0000],
-            [-1.7321, -2.0000]], dtype=torch.float64)
-    """
-    n = torch.arange(_count("hippo_legs", states), dtype=torch.float64)
-    B = (2 * n + 1).sqrt()
-    return -(torch.outer(B, B).tril(-1) + torch.diag(n + 1)), B
-
-
-def legs_nplr(states):
-    """HiPPO-LegS as a diagonal less a product of rank one: (Lambda, P, B, V), complex128.
-
-    ``A = V (Lambda - P P*) V*`` over all conjugate pairs, of which the N / 2 of positive imaginary
-    part are given: Lambda, P and B are (N / 2,), V is (N, N / 2) (Gu et al. 2022, "Efficiently
-    Modeling Long Sequences with Structured State Spaces", arXiv 2111.00396, theorem 1 and appendix
-    C.1).
-
-    Examples
-    --------
-    >>> from pentad.scan import kernels
-    >>> Lambda, P, B, V = kernels.legs_nplr(4)
-    >>> Lambda.real
-    tensor([-0.5000, -0.5000], dtype=torch.float64)
-    """
-    states = _even("legs_nplr", states)
-    A, B = hippo_legs(states)
-    P = (torch.arange(states, dtype=torch.float64) + 0.5).sqrt()
-    normal = A + torch.outer(P, P)  # a skew-symmetric matrix less I / 2
-    skew = (normal - normal.mT) / 2
-    frequencies, V = torch.linalg.eigh(-1j * skew)  # ascending, in pairs of opposite sign
-    frequencies, V = frequencies[states // 2 :], V[:, states // 2 :]
-    half = torch.full_like(frequencies, -0.5)
-    return torch.complex(half, frequencies), V.mH @ P.to(V.dtype), V.mH @ B.to(V.dtype), V
-
-
-def s4d_legs(states):
-    """S4D-LegS: the diagonal of `legs_nplr`, complex128 (N / 2,).
-
-    Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models",
-    arXiv 2206.11893, section 4.
-
-    Examples
-    --------
-    >>> from pentad.scan import kernels
-    >>> kernels.s4d_legs(4).imag.round(decimals=3)
-    tensor([0.5570, 4.6030], dtype=torch.float64)
-    """
-    return legs_nplr(states)[0]
-
-
-def s4d_inv(states):
-    """S4D-Inv: ``-1/2 + i N/pi (N/(2n+1) - 1)``, complex128 (N / 2,) (arXiv 2206.11893, eq. 8).
-
-    Examples
-    --------
-    >>> from pentad.scan import kernels
-    >>> kernels.s4d_inv(4)[0].imag.round(decimals=3)
-    tensor(3.8200, dtype=torch.float64)
-    """
-    states = _even("s4d_inv", states)
-    n = torch.arange(states // 2, dtype=torch.float64)
-    return torch.complex(torch.full_like(n, -0.5), states / math.pi * (states / (2 * n + 1) - 1))
-
-
-def s4d_lin(states):
-    """S4D-Lin: ``-1/2 + i pi n``, complex128 (N / 2,) (arXiv 2206.11893, equation 9).
-
-    Examples
-    --------
-    >>> from pentad.scan import kernels
-    >>> kernels.s4d_lin(4)
-    tensor([-0.5000+0.0000j, -0.5000+3.1416j], dtype=torch.complex128)
-    """
-    n = torch.arange(_even("s4d_lin", states) // 2, dtype=torch.float64)
-    return torch.complex(torch.full_like(n, -0.5), math.pi * n)
 
 
 # --- Diagonal kernels -----------------------------------------------------------------------------
@@ -287,12 +213,12 @@ def dss_discretize(Lambda, W, dt, length, *, variant="softmax", eps=1e-7):
 
 
 def step(state, u, A, B, C):
-    r"""One step of ``h_t = A h_{t-1} + B u_t, y_t = C h_t``, returning (y, h).
+    r"""One step of ``h_t = A h_{t-1} + B u_t, y_t = C h_t``: the state in place, and y (B, D).
 
     Parameters
     ----------
     state : (B, D, N) real or complex
-        h before the step.
+        h, changed in place; complex where A, B or C are.
     u : (B, D) real
     A : (D, N), or (D, N, N) for a matrix
         In discrete time, as the functions ``*_discretize`` give it.
@@ -304,9 +230,11 @@ def step(state, u, A, B, C):
     >>> import torch
     >>> from pentad.scan import kernels
     >>> A, B = kernels.s4d_discretize(torch.tensor([0.0]), torch.ones(1))
-    >>> y, state = kernels.step(torch.zeros(1, 1, 1), torch.ones(1, 1), A, B, torch.ones(1, 1))
+    >>> state, ones = torch.zeros(1, 1, 1), torch.ones(1, 1)
+    >>> for _ in range(3):
+    ...     y = kernels.step(state, ones, A, B, ones)
     >>> y
-    tensor([[1.]])
+    tensor([[3.]])
     """
     for name, tensor in (("state", state), ("A", A), ("B", B), ("C", C)):
         check_tensor("step", name, tensor, (*_REAL, *COMPLEX))
@@ -318,10 +246,17 @@ def step(state, u, A, B, C):
     check_shape("step", "A", A, (dim, states), (dim, states, states))
     check_shape("step", "B", B, (dim, states))
     check_shape("step", "C", C, (dim, states))
-    before = A * state if A.ndim == 2 else (A @ state[..., None])[..., 0]
-    state = before + B * u[..., None]
-    y = (C * state).sum(-1)
-    return (2 * y.real if y.is_complex() else y), state
+    if not state.is_complex() and any(t.is_complex() for t in (A, B, C)):
+        raise TypeError(
+            f"[step] state has dtype {name_of(state.dtype)}, expected a complex one as of A, B or C"
+        )
+    # A copy, as the state itself changes before the backward pass.
+    before = state.clone() if needs_grad(state, u, A, B, C) else state
+    before = A * before if A.ndim == 2 else (A @ before[..., None])[..., 0]
+    new = before + B * u[..., None]
+    y = (C * new).sum(-1)
+    state.copy_(new)
+    return 2 * y.real if y.is_complex() else y
 
 
 def _diagonal(op, A, B, C, dt, discretization):
@@ -378,7 +313,8 @@ def _vandermonde(weights, a, length, dtype):
     if low.is_complex():
         low = torch.cat([low.real, -low.imag], -2)
         high = torch.cat([high.real, high.imag], -2)
-    return (high.mT.to(dtype) @ low.to(dtype)).flatten(-2)[..., :length]
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # not in 16 bits
+        return (high.mT.to(dtype) @ low.to(dtype)).flatten(-2)[..., :length]
 
 
 def _powers(a, count):
@@ -473,7 +409,7 @@ def s4(Lambda, P, B, C, dt, length, *, Q=None, truncated=False):
         torch.broadcast_tensors(C * B, C * P, Q.conj() * B, Q.conj() * P)
     )  # (4, D, N / 2)
     count = length // 2 + 1
-    angles = torch.arange(count, dtype=torch.float64) * (-2 * math.pi / length)
+    angles = torch.arange(count, dtype=torch.float64, device=C.device) * (-2 * math.pi / length)
     z = torch.polar(torch.ones_like(angles), angles)
     below, above = (1 - z).to(kind), (1 + z).to(kind)
     rates = 2 / dt.to(dtype)[:, None]
@@ -542,7 +478,7 @@ def _real_system(Lambda, P, B, C, dt, Q):
     )
     A = turn - 2 * parts(P)[..., :, None] * parts(Q)[..., None, :]  # Q* h and its conjugate
     dt = dt.double()[:, None, None]
-    one = torch.eye(A.shape[-1], dtype=A.dtype)
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     right = torch.cat([one + dt / 2 * A, dt * parts(B)[..., None]], -1)
     solved = torch.linalg.solve(one - dt / 2 * A, right)
     return solved[..., :-1], solved[..., -1], 2 * parts(C.conj())
@@ -579,18 +515,7 @@ def _pairs(op, Lambda, P, B, C, dt, Q):
 
 
 def _length(op, length):
+    length = check_integer(op, "length", length)
     if length < 0:
         raise ValueError(f"[{op}] length is {length}, expected 0 or more")
     return length
-
-
-def _count(op, states):
-    if states < 1:
-        raise ValueError(f"[{op}] states is {states}, expected 1 or more")
-    return states
-
-
-def _even(op, states):
-    if states < 2 or states % 2:
-        raise ValueError(f"[{op}] states is {states}, expected an even number")
-    return states

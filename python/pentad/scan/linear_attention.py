@@ -10,6 +10,7 @@ from pentad.scan._checks import (
     check_cu_seqlens,
     check_devices,
     check_dtype,
+    check_number,
     check_shape,
     check_tensor,
     parameter,
@@ -58,8 +59,9 @@ def linear_attention(
         P, and N after `feature_map`, are at most 1024. Under ``torch.autocast`` `q`, `k`, `v`,
         `prefix_k` and `prefix_v` are taken in the widest dtype among them.
     decay : (H,), (B, L, H), (H, N) or (B, L, H, N) float, optional
-        Factors of the state per head or per key (of phi's N), constant or for each step; any
-        numbers, 0 and negative ones included. Taken in float32; float64 only with float64 `v`.
+        Factors of the state per head or per key (of phi's N), constant or for each step: any
+        numbers, 0 and negative ones included, of which the products of 64 steps are finite. Taken
+        in float32; float64 only with float64 `v`.
     log_space : bool
         `decay` is the logarithm of the factors.
     normalize : bool
@@ -144,7 +146,8 @@ def linear_attention(
         _, prefix_k, prefix_v = prepared(op, None, *prefix, phi, normalize, widen=True)
         state = total(prefix_k, prefix_v, state)
 
-    inner = 1.0 if normalize else float(scale)
+    scale = check_number(op, "scale", scale)
+    inner = 1.0 if normalize else scale
     if causal:
         out, last = matrix_scan(
             op, q, k, v, a=factors(op, decay, log_space, v, keys), initial=state,
@@ -156,7 +159,7 @@ def linear_attention(
         out = read(last, q)
         out = out if inner == 1.0 else out * inner
     if normalize:
-        out = normalized(out, float(scale))
+        out = normalized(out, scale)
     if out.dtype != dtype:
         out = out.to(dtype)
     return (out, last) if return_final_state else out

@@ -5,8 +5,8 @@ import torch
 
 from pentad.scan._checks import (
     accumulator,
-    check_devices,
     check_dtype,
+    check_one_device,
     check_rank,
     check_tensor,
     parameter,
@@ -49,7 +49,7 @@ def long_conv(u, kernel, *, D=None, causal=True):
     ValueError
         For sizes that do not fit together.
     pentad.DeviceError
-        For tensors on different devices, or on one other than the CPU.
+        For tensors on different devices.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def long_conv(u, kernel, *, D=None, causal=True):
     op = "long_conv"
     check_tensor(op, "u", u)
     check_tensor(op, "kernel", kernel)
-    check_devices(op, ("u", u), kernel=kernel, D=D)
+    check_one_device(op, ("u", u), kernel=kernel, D=D)
     if torch.is_autocast_enabled("cpu"):
         u, kernel = promoted(u, kernel)
     check_rank(op, "u", u, 3, "(B, D, L)")
@@ -81,7 +81,7 @@ def long_conv(u, kernel, *, D=None, causal=True):
 
     u = u.to(wide)
     if u.numel() == 0:
-        out = u * 1
+        out = u * kernel[:, :1].to(wide)  # so that both have gradients
     else:
         kernel, first = _within_reach(
             kernel.to(wide), 0 if causal else kernel.shape[1] // 2, length

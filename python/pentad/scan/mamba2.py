@@ -10,6 +10,7 @@ from pentad.scan._checks import accumulator
 from pentad.scan._layers import (
     GatedRMSNorm,
     cached_states,
+    check_steps,
     convolved,
     convolved_step,
     depthwise,
@@ -164,11 +165,11 @@ class Mamba2(torch.nn.Module):
             raise ValueError(f"[Mamba2] A_init_range is {A_init_range!r}, expected 0 < low <= high")
         if not 0 < self.d_ssm <= self.d_inner:
             raise ValueError(f"[Mamba2] d_ssm is {self.d_ssm}, expected 1 to {self.d_inner}")
-        if self.d_ssm % self.headdim:
+        if self.headdim < 1 or self.d_ssm % self.headdim:
             raise ValueError(
                 f"[Mamba2] headdim is {self.headdim}, expected a divisor of {self.d_ssm} channels"
             )
-        if (self.d_ssm // self.headdim) % self.ngroups:
+        if self.ngroups < 1 or (self.d_ssm // self.headdim) % self.ngroups:
             raise ValueError(
                 f"[Mamba2] ngroups is {self.ngroups}, "
                 f"expected a divisor of {self.d_ssm // self.headdim} heads"
@@ -187,6 +188,7 @@ class Mamba2(torch.nn.Module):
         flat = seqlen is not None
         if flat:
             u = u.unflatten(0, (-1, seqlen))
+        check_steps(self, "u", u, self.d_model)
         conv_state = ssm_state = None
         goes_on = False
         if inference_params is not None:

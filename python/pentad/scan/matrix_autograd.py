@@ -3,7 +3,7 @@
 
 import torch
 
-from pentad._ops import define, differentiated_once, needs_grad, quick_apply
+from pentad._ops import define, needs_grad, quick_apply, spread
 from pentad.scan import _matrix_kernels as kernels
 from pentad.scan._checks import check_devices
 
@@ -75,8 +75,8 @@ class _MatrixScan(torch.autograd.Function):
             v.new_zeros(()).expand(v.shape) if d_out is None else d_out,
             d_last, stored, *tensors, *ctx.settings, wanted,
         )  # fmt: skip
-        grads = iter(differentiated_once(ctx.op, grads, (d_out, d_last, *tensors[:7])))
-        return None, None, *(next(grads) if want else None for want in wanted), None
+        inputs = (d_out, d_last, *tensors[:7])
+        return None, None, *spread(ctx.op, grads, wanted, inputs), None
 
 
 def matrix_scan(

@@ -4,7 +4,7 @@
 import torch
 
 from pentad.scan import matrix_autograd
-from pentad.scan._checks import accumulator, parameter, promoted
+from pentad.scan._checks import accumulator, check_number, parameter, promoted
 from pentad.scan._matrix_checks import check_inputs, check_sizes, check_step, factors
 from pentad.scan.linear_attention import feature_map_of, normalized, prepared
 from pentad.scan.update import _by_gradient, _gathered, _scatter, _without_padding
@@ -87,7 +87,7 @@ def linear_attention_update(
     inner = 1.0 if normalize else scale
     out = _step(op, state, q, k, v, decay, log_space, None, inner, state_batch_indices)
     if normalize:
-        out = normalized(out, float(scale))
+        out = normalized(out, check_number(op, "scale", scale))
     return out if out.dtype == dtype else out.to(dtype)
 
 
@@ -164,6 +164,7 @@ def delta_rule_update(
 
 def _step(op, state, q, k, v, decay, log_space, beta, scale, rows):
     """The kernel, which checks everything but devices; what it refuses is looked at again."""
+    scale = check_number(op, "scale", scale)
     try:
         wide = accumulator(v.dtype)
         if decay is not None:
@@ -175,7 +176,7 @@ def _step(op, state, q, k, v, decay, log_space, beta, scale, rows):
             check_sizes(op, k, v)
             return _scan_step(op, state, q, k, v, decay, beta, scale, rows)
         return matrix_autograd.update(
-            op, state, q, k, v, decay, beta, beta is not None, float(scale), rows
+            op, state, q, k, v, decay, beta, beta is not None, scale, rows
         )
     except Exception:
         check_step(op, state, q, k, v, decay, beta, rows)
@@ -190,7 +191,7 @@ def _scan_step(op, state, q, k, v, decay, beta, scale, rows):
     initial = initial.to(accumulator(v.dtype), copy=rows is None)
     q, k, v, decay, beta = (None if t is None else t.unsqueeze(1) for t in (q, k, v, decay, beta))
     out, last = matrix_autograd.matrix_scan(
-        op, q, k, v, a=decay, w=beta, initial=initial, delta=beta is not None, scale=float(scale),
+        op, q, k, v, a=decay, w=beta, initial=initial, delta=beta is not None, scale=scale,
         want_last=True,
     )  # fmt: skip
     _scatter(state, last, places)

@@ -5,7 +5,7 @@ import torch
 
 from pentad.attention.rotary import rotate
 from pentad.scan._checks import accumulator
-from pentad.scan._layers import GatedRMSNorm, cached_states, one_token, whole
+from pentad.scan._layers import GatedRMSNorm, cached_states, check_steps, one_token, whole
 from pentad.scan.linear_attention import linear_attention
 from pentad.scan.matrix_update import linear_attention_update
 from pentad.scan.modules import _project
@@ -74,6 +74,8 @@ class MultiScaleRetention(torch.nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         self.use_output_gate, self.use_rotary = use_output_gate, use_rotary
         self.layer_idx = layer_idx
+        if num_heads < 1:
+            raise ValueError(f"[{op}] num_heads is {num_heads}, expected at least 1")
         self.head_k_dim = whole(op, "expand_k * hidden_size / num_heads",
                                 expand_k * hidden_size / num_heads)  # fmt: skip
         self.head_v_dim = whole(op, "expand_v * hidden_size / num_heads",
@@ -103,6 +105,7 @@ class MultiScaleRetention(torch.nn.Module):
         in mamba_ssm) the state after the last step is kept there; an offset above 0 continues from
         it, by one step or by many.
         """
+        check_steps(self, "hidden_states", hidden_states, self.hidden_size)
         state = position = None
         goes_on = False
         if inference_params is not None:

@@ -12,7 +12,6 @@ from pentad.scan._checks import (
     check_rank,
     check_shape,
     check_tensor,
-    name_of,
     parameter,
     promoted,
 )
@@ -60,7 +59,7 @@ def scan2d(
     order : "cross", "snake" or (K, L) int32 or int64
         Which place ``h * W + w`` comes at each step. "cross": rows, columns, and both backwards.
         "snake": rows of which every second runs backwards, columns likewise, and both backwards.
-    by_step : names among "delta", "B" and "C"
+    by_step : tuple of names among "delta", "B" and "C"
         Those whose element t belongs to step t of their direction. The others lie as the image
         does: their element at a place belongs to the step that visits it. VMamba computes them from
         the image in scan order, which comes to the same but for its layout: name all three.
@@ -99,6 +98,8 @@ def scan2d(
         u, delta, B, C = promoted(u, delta, B, C)
     batch, dim, height, width = u.shape
     length, wide = height * width, accumulator(u.dtype)
+    if isinstance(by_step, str):
+        raise TypeError(f"[{op}] by_step is {by_step!r}, expected a tuple of names")
     for name in by_step:
         if name not in _INPUTS:
             raise ValueError(f'[{op}] by_step has {name!r}, expected "delta", "B" or "C"')
@@ -164,11 +165,7 @@ def _of_directions(op, name, tensor, dim, wide):
         )
     if len(shape) == 2:
         tensor = tensor.unflatten(0, (shape[0] // dim, dim))
-    if tensor.dtype == torch.float64 != wide:
-        raise TypeError(
-            f"[{op}] {name} has dtype {name_of(tensor.dtype)}, expected it only where u has float64"
-        )
-    return tensor.to(wide)
+    return parameter(op, name, tensor, wide, tensor.shape)
 
 
 def _vector_of_directions(op, name, tensor, directions, dim, wide):

@@ -4,7 +4,7 @@
 import torch
 
 from pentad import _C
-from pentad._ops import define, differentiated_once, needs_grad, quick_apply
+from pentad._ops import define, needs_grad, quick_apply, spread
 from pentad.scan._checks import accumulator
 from pentad.scan._kernels import CHUNK, _contiguous, empty_like
 
@@ -83,12 +83,6 @@ cross_backward = define(
 )
 
 
-def _spread(op, grads, wanted, inputs):
-    """One gradient or None for each input, once differentiable."""
-    grads = iter(differentiated_once(op, grads, inputs))
-    return tuple(next(grads) if want else None for want in wanted)
-
-
 @quick_apply
 class _CrossScan(torch.autograd.Function):
     @staticmethod
@@ -106,7 +100,7 @@ class _CrossScan(torch.autograd.Function):
         stored, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:8]
         grads = cross_backward(d_out, stored, *tensors, *ctx.settings, wanted)
-        return None, *_spread("scan2d", grads, wanted, (d_out, *tensors[:7])), None
+        return None, *spread("scan2d", grads, wanted, (d_out, *tensors[:7])), None
 
 
 def cross_scan(*arguments):
@@ -190,7 +184,7 @@ class _Wavefront(torch.autograd.Function):
         stored, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
         grads = wavefront_backward(d_out, stored, *tensors, ctx.width, wanted)
-        return None, *_spread("scan2d_wavefront", grads, wanted, (d_out, *tensors))
+        return None, *spread("scan2d_wavefront", grads, wanted, (d_out, *tensors))
 
 
 def wavefront(*arguments):

@@ -19,6 +19,7 @@ from pentad.scan._checks import (
     parameter,
     promoted,
 )
+from pentad.scan._matrix_checks import check_size
 from pentad.scan.matrix_autograd import matrix_scan
 from pentad.scan.ssd import begins, step_sizes
 
@@ -112,7 +113,7 @@ def ssd_attention_matrix(
              [0.2500, 0.5000, 1.0000]]])
     """
     op = "ssd_attention_matrix"
-    if reduce is not None and reduce not in _REDUCTIONS:
+    if reduce is not None and not (isinstance(reduce, str) and reduce in _REDUCTIONS):
         raise ValueError(
             f"[{op}] reduce is {reduce!r}, expected 'mean', 'sum', 'abs', 'norm' or None"
         )
@@ -134,7 +135,7 @@ def ssd_attention_matrix(
     B, C = B.to(wide), C.to(wide)
     weight = None if x is None else _REDUCTIONS[reduce][1](x.to(wide))
 
-    if not batch or not length:
+    if not (batch and length and heads):
         shape = (batch, length, length) if reduce is not None else (batch, heads, length, length)
         return B.new_zeros(shape, dtype=dtype)
     tensors = (B, C, a, dt, D, weight)
@@ -177,6 +178,7 @@ def _check(op, dt, A, B, C, x, D, dt_bias, seq_idx):
     check_tensor(op, "C", C)
     check_dtype(op, "C", C, B.dtype, "B")
     check_shape(op, "C", C, tuple(B.shape))
+    check_size(op, "B", B, "keys")
     check_tensor(op, "A", A)
     check_rank(op, "A", A, 1, "(H,)")
     batch, length, groups, _ = B.shape

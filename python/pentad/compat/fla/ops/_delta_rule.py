@@ -2,10 +2,10 @@
 """What the delta rules of flash-linear-attention have in common."""
 
 import torch
+from torch.nn.functional import softplus
 
 from pentad import scan
-
-L2_EPSILON = 1e-6  # added to the squared length
+from pentad.scan._layers import unit_length
 
 
 def delta_rule(
@@ -38,7 +38,7 @@ def delta_rule(
     elif use_beta_sigmoid_in_kernel:
         beta = wide(beta).sigmoid() * (2 if allow_neg_eigval else 1)
     if use_qk_l2norm_in_kernel:
-        q, k = l2_normalised(q), l2_normalised(k)
+        q, k = unit_length(q), unit_length(k)
     if state_v_first and initial_state is not None:
         initial_state = initial_state.transpose(-1, -2)
     out, state = _delta_rule(
@@ -69,10 +69,15 @@ def _delta_rule(q, k, v, beta, g, scale, initial_state, cu_seqlens):
     return out.unsqueeze(1), state
 
 
-def l2_normalised(x):
-    """x over its length along the last dimension, in its dtype."""
-    y = wide(x)
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + L2_EPSILON)).to(x.dtype)
+def gate(op, g, A_log, dt_bias, lower_bound=None):
+    """The logarithmic decay of `g` (B, T, HV) or (B, T, HV, K), as the layers compute it."""
+    for name, tensor in (("g", g), ("A_log", A_log)):
+        if tensor is None:
+            raise ValueError(f"[{op}] {name} is None, expected a tensor with use_gate_in_kernel")
+    rate, g = wide(A_log).exp().reshape(-1, *(1,) * (g.ndim - 3)), wide(g)
+    if dt_bias is not None:
+        g = g + wide(dt_bias).reshape(g.shape[2:])
+    return -rate * softplus(g) if lower_bound is None else lower_bound * (rate * g).sigmoid()
 
 
 def wide(x, copy=False):

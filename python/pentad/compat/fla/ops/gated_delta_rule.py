@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delta rule with a decay for each head and step (arXiv 2412.06464)."""
 
-from torch.nn.functional import softplus
-
-from pentad.compat.fla.ops._delta_rule import delta_rule, wide
+from pentad.compat.fla.ops._delta_rule import delta_rule, gate, wide
 
 
 def chunk_gated_delta_rule(
@@ -63,8 +61,7 @@ def chunk_gated_delta_rule(
     final_state : as initial_state, float32; None without `output_final_state`
     """
     if use_gate_in_kernel:
-        g = wide(g) if dt_bias is None else wide(g) + wide(dt_bias)
-        g = -wide(A_log).exp() * softplus(g)
+        g = gate("chunk_gated_delta_rule", g, A_log, dt_bias)
     return delta_rule(
         "chunk_gated_delta_rule", q, k, v, beta, g, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
@@ -110,8 +107,7 @@ def fused_recurrent_gated_delta_rule(
             "[fused_recurrent_gated_delta_rule] gv: a decay per value is not supported"
         )
     if use_gate_in_kernel:
-        g = wide(g) if dt_bias is None else wide(g) + wide(dt_bias)
-        g = -wide(A_log).exp() * softplus(g)
+        g = gate("fused_recurrent_gated_delta_rule", g, A_log, dt_bias)
     if gk is not None:
         g = gk if g is None else wide(gk) + wide(g).unsqueeze(-1)
     return delta_rule(

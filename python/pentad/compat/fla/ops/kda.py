@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kimi delta attention: the delta rule with a decay for each key channel (arXiv 2510.26692)."""
 
-from torch.nn.functional import softplus
-
-from pentad.compat.fla.ops._delta_rule import delta_rule, wide
+from pentad.compat.fla.ops._delta_rule import delta_rule, gate
 
 
 def chunk_kda(
@@ -69,9 +67,7 @@ def chunk_kda(
     final_state : as initial_state, float32; None without `output_final_state`
     """
     if use_gate_in_kernel:
-        g = wide(g) if dt_bias is None else wide(g) + wide(dt_bias).reshape(g.shape[2:])
-        rate = wide(A_log).exp().reshape(-1, 1)
-        g = -rate * softplus(g) if lower_bound is None else lower_bound * (rate * g).sigmoid()
+        g = gate("chunk_kda", g, A_log, dt_bias, lower_bound)
     return delta_rule(
         "chunk_kda", q, k, v, beta, g, scale=scale, initial_state=initial_state,
         output_final_state=output_final_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
