@@ -194,7 +194,8 @@ UPDATE_CASES = {
     "no_groups": ({"q": sevens(BATCH, 0, STATES)}, ValueError, "q has 0 groups"),
     "keys": ({"q": sevens(1).expand(BATCH, GROUPS, 1025)}, ValueError, "expected 1 to 1024 keys"),
     "no_values": ({"v": sevens(BATCH, HEADS, 0)}, ValueError, "expected 1 to 1024 values"),
-    "decay": ({"a": sevens(HEADS)}, ValueError, "a has shape .* expected 2 or 3 dimensions"),
+    "decay": ({"a": sevens(1, 1, 1, HEADS)}, ValueError, "a has shape .* expected 1 to 3 dim"),
+    "decay_of_heads": ({"a": sevens(HEADS + 1)}, ValueError, "a has shape"),
     "transposed": (
         {"state": sevens(3, HEADS, VALUES, STATES)},
         ValueError,

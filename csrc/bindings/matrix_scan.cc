@@ -22,7 +22,8 @@ struct Matrices : Arguments {
 
   explicit Matrices(const char* op) : Arguments(op, false) {}
 
-  // q: (..., g, n), v: (..., h, p), both of `rank` dimensions; a per head has one less than v.
+  // q: (..., g, n), v: (..., h, p), both of `rank` dimensions; a per head has one less than v, or of a
+  // token one dimension where it is constant.
   void set_sizes(const TensorView& q, const TensorView& v, const Optional& a, int rank) {
     set_dtype(v, "v", rank, false);
     expect(q, op(), "q", {q.dtype}, rank);
@@ -34,9 +35,10 @@ struct Matrices : Arguments {
       refuse("q has " + std::to_string(p.groups) + " groups but v has " + std::to_string(p.heads) +
              " heads, which are not a multiple of " + std::to_string(p.groups));
     if (!a) return;
-    if (a->rank != rank - 1 && a->rank != rank)
-      refuse("a has shape " + shape_text(*a) + ", expected " + std::to_string(rank - 1) + " or " +
-             std::to_string(rank) + " dimensions");
+    const int least = rank == 3 ? 1 : rank - 1;
+    if (a->rank < least || a->rank > rank)
+      refuse("a has shape " + shape_text(*a) + ", expected " + std::to_string(least) +
+             (rank == 3 ? " to " : " or ") + std::to_string(rank) + " dimensions");
     p.key_decay = a->rank == rank;
   }
 
@@ -154,12 +156,14 @@ void py_matrix_update(const TensorView& state, const TensorView& q, const Tensor
   p.rows = s.rows(rows, "state_batch_indices", p.batch, state.shape[0], "state");
   const Shape like_q = {p.batch, p.groups, p.keys}, like_v = {p.batch, p.heads, p.values};
   const Shape like_w = {p.batch, p.heads};
-  Shape like_a = like_w;
+  const bool constant = a && a->rank == 1;
+  Shape like_a = constant ? Shape{p.heads} : like_w;
   if (p.key_decay) like_a.push_back(p.keys);
   p.q = s.input(q, "q", {s.dtype()}, like_q);
   p.k = s.input(k, "k", {s.dtype()}, like_q);
   p.v = s.input(v, "v", {s.dtype()}, like_v);
   p.a = s.input(a, "a", {s.wide()}, like_a);
+  if (constant) p.a.stride[1] = p.a.stride[0], p.a.stride[0] = 0;
   p.w = s.input(w, "w", {s.wide()}, like_w);
   p.d = s.input(d, "d", {s.wide()}, {p.heads, p.values});
   p.state = s.output(state, "state", s.own(), {state.shape[0], p.heads, p.keys, p.values});

@@ -189,6 +189,8 @@ def _scan_step(op, state, q, k, v, decay, beta, scale, rows):
     # A copy, as the state itself changes before the backward pass.
     initial, places = _gathered(op, "state_batch_indices", state, rows)
     initial = initial.to(accumulator(v.dtype), copy=rows is None)
+    if decay is not None and decay.ndim == 1:
+        decay = decay.expand(v.shape[:2])
     q, k, v, decay, beta = (None if t is None else t.unsqueeze(1) for t in (q, k, v, decay, beta))
     out, last = matrix_autograd.matrix_scan(
         op, q, k, v, a=decay, w=beta, initial=initial, delta=beta is not None, scale=scale,
