@@ -358,3 +358,86 @@ def test_parameters_of_half_precision_are_converted():
         function(**arguments | small),
         function(**arguments | {n: t.float() for n, t in small.items()}),
     )
+
+
+# --- Steps of microseconds, which do without the dispatcher where nobody looks --------------------
+
+
+def _token():
+    torch.manual_seed(0)
+    shapes = (2, 3, 4, 5), (2, 3, 4), (2, 3, 4), (2, 3, 5)
+    return [torch.randn(shape) for shape in shapes]
+
+
+def _same_step(arguments, expected_out, expected_state):
+    torch.testing.assert_close(S.linear_attention_update(*arguments), expected_out)
+    torch.testing.assert_close(arguments[0], expected_state)
+
+
+@pytest.fixture
+def stepped():
+    """(out, state) of the step of `_token`."""
+    state, *others = _token()
+    return S.linear_attention_update(state, *others), state
+
+
+def test_a_step_shows_itself_to_modes(stepped):
+    with _Caught() as caught:
+        _same_step(_token(), *stepped)
+    assert [f.name() for f, _ in caught.calls] == ["pentad::matrix_update"]
+
+
+def test_a_step_shows_itself_to_function_modes(stepped):
+    class Seen(torch.overrides.TorchFunctionMode):
+        names = ()
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.names += (str(function),)
+            return function(*args, **kwargs or {})
+
+    with Seen() as seen:
+        _same_step(_token(), *stepped)
+    assert any("matrix_update" in name for name in seen.names)
+
+
+def test_a_step_shows_itself_to_the_profiler(stepped):
+    with torch.profiler.profile() as profile:
+        _same_step(_token(), *stepped)
+    assert "pentad::matrix_update" in [event.name for event in profile.events()]
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_step_is_traced(stepped, pre_dispatch):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(state, q, k, v):
+        return S.linear_attention_update(state, q, k, v)
+
+    graph = make_fx(step, pre_dispatch=pre_dispatch)(*_token())
+    assert "matrix_update" in graph.code
+    arguments = _token()
+    torch.testing.assert_close(graph(*arguments), stepped[0])
+    torch.testing.assert_close(arguments[0], stepped[1])
+
+
+def test_a_step_reads_what_is_lazily_negated(stepped):
+    for i in range(1, 4):
+        arguments = _token()
+        arguments[i] = (-arguments[i])._neg_view()
+        _same_step(arguments, *stepped)
+
+
+def test_a_step_changes_the_version_of_its_state():
+    for mode in (torch.no_grad, torch.enable_grad):
+        arguments = _token()
+        with mode():
+            S.linear_attention_update(*arguments)
+        assert arguments[0]._version == 1
+    with torch.inference_mode():
+        assert S.linear_attention_update(*_token()).is_inference()
+
+
+def test_a_step_has_no_batching_rule():
+    state, q, k, v = _token()
+    with pytest.raises(RuntimeError, match="matrix_update"):
+        torch.func.vmap(S.linear_attention_update)(*(t[:, None] for t in (state, q, k, v)))

@@ -10,7 +10,7 @@ namespace {
 // Whether no two elements share an address: each dimension steps over all that the smaller steps
 // reach. (There are other layouts without overlap; nobody asks for them.)
 bool is_injective(const TensorView& view) {
-  if (count(view) == 0) return true;
+  if (is_contiguous(view)) return true;
   std::vector<std::pair<int64_t, int64_t>> steps;
   for (int i = 0; i < view.rank; ++i)
     if (view.shape[i] > 1) steps.push_back({std::abs(view.strides[i]), view.shape[i]});

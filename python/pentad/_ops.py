@@ -5,15 +5,29 @@
 three to five times as much per call. Gradients live in `torch.autograd.Function`s outside the op,
 which a caller skips when none is needed. Going through the dispatcher is what makes torch.compile,
 FakeTensor, lazily negated tensors and opcheck work: a raw call would read the memory of a lazy
-tensor unnegated.
+tensor unnegated. `direct` says where nobody would see the difference, as in a step of some
+microseconds, of which the dispatcher's way takes 3.5.
 """
 
 import inspect
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 _library = torch.library.Library("pentad", "DEF")
+
+try:
+    _modes = torch._C._dispatch_tls_local_include_set
+    _functions = torch._C._len_torch_function_stack
+    _profiled = torch._C._autograd._profiler_enabled
+    _INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    _NO_MODE = _INFERENCE.add(torch._C.DispatchKey.ADInplaceOrView)
+except AttributeError:  # a torch that tells nobody: every call goes through the dispatcher
+
+    def _functions():
+        return 1
 
 
 def define(schema: str, kernel, fake):
@@ -32,6 +46,25 @@ def define(schema: str, kernel, fake):
     _library.impl(name, kernel, "CPU")
     torch.library.register_fake(f"pentad::{name}", fake, lib=_library)
     return getattr(torch.ops.pentad, name).default
+
+
+def direct(*tensors) -> bool:
+    """Whether a kernel may be called on these, or None among them, without the dispatcher.
+
+    Not where torch.compile traces, a mode is on (whoever wants to see operators adds a key to the
+    thread's set: fake tensors, counters of flop, torch.func, functionalization, torch.jit.trace)
+    or the profiler runs; nor for subclasses and lazily negated tensors. What has no memory, as a
+    meta tensor, the kernel refuses: the caller then asks the dispatcher.
+    """
+    if is_dynamo_compiling() or _functions() or _profiled():
+        return False
+    modes = _modes()
+    if modes != _NO_MODE and modes != _INFERENCE:
+        return False
+    for t in tensors:  # noqa: SIM110 -- a generator takes 0.3 us longer
+        if t is not None and (type(t) is not Tensor or t.is_neg()):
+            return False
+    return True
 
 
 def quick_apply(function):

@@ -51,15 +51,19 @@ def check_size(op, name, tensor, what):
 def factors(op, decay, log_space, v, keys):
     """Decays as (B, L, H) or (B, L, H, N), where those that are constant in time are expanded.
 
-    Without the L where `v` is a token's; there (H,) may stay as it is.
+    Without the L where `v` is a token's; there (H,) may stay as it is. A step of microseconds
+    meets no more than the first comparisons.
     """
     if decay is None:
         return None
     check_tensor(op, "decay", decay)
     *lead, heads, _ = v.shape
     wide = accumulator(v.dtype)
-    if len(lead) == 1 and decay.ndim == 1 and decay.shape[0] == heads and decay.dtype == wide:
-        return decay.exp() if log_space else decay
+    if len(lead) == 1 and decay.dtype == wide:
+        sizes = decay.shape
+        one = len(sizes) == 1 and sizes[0] == heads
+        if one or (len(sizes) == 2 and sizes[1] == heads != keys and sizes[0] == lead[0]):
+            return decay.exp() if log_space else decay
     constant = [(heads,), (heads, keys)]
     varying = [(*lead, heads), (*lead, heads, keys)]
     check_shape(op, "decay", decay, constant[0], varying[0], constant[1], varying[1])

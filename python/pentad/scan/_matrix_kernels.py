@@ -71,7 +71,7 @@ def scan_backward(
 
 
 def update(op, state, q, k, v, a, w, delta, scale, rows):
-    out = v.new_empty(v.shape)
+    out = torch.empty_like(v)
     try:
         _C.matrix_update(state, q, k, v, a, w, None, delta, scale, rows, out)
     except (TypeError, ValueError) as error:
