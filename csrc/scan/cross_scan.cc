@@ -1,7 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cuts the scans of an image into jobs: some channels of one batch row, all directions one after
-// another. What is read is turned into rows of channels in scratch, in scan order; the kernels of
-// the selective scan run on those as they are, and what they give is added into rows by place.
+// another. The image lies in scratch as rows of channels, by place. The kernels of the selective
+// scan visit its rows in the order of a direction, and add what they give into rows by place. delta
+// goes into rows in scan order, unless it lies in that order: then they read it where it is.
+//
+// (1, 192, 56, 56), ms, pairs alternated, delta by place and by step, and before that with rows
+// copied into scan order and back: 1 state, one thread, forward 4.3 and 3.9 (4.8 and 4.5), training
+// 15.3 and 13.7 (17.1 and 17.4); 16 states, two threads, forward 5.6 and 5.5 (6.8 and 6.8),
+// training 22.8 and 21.2 (25.1 and 22.9). Of a forward pass with 16 states 70 % are the loop over
+// states, which is the selective scan's. Not faster: lines of delta asked for four chunks ahead in
+// pack_rows in place of one.
 //
 // Pieces of sums (dB, dC over channels; dA, dD over the batch) depend on the shapes alone.
 #include <algorithm>
@@ -18,8 +26,9 @@
 namespace pentad::scan {
 namespace {
 
-// Channels of a job, whose rows should stay in the caches. (192, 56, 56), 16 states, two threads, ms:
-// forward 16 channels 6.0, 32 5.9, 64 6.0; training 28.2, 24.2, 27.8.
+// Channels of a job, whose rows should stay in the caches. (192, 56, 56), two threads, ms, with 16,
+// 32 and 64 channels: 16 states, forward 5.7, 5.7, 5.4, training 26.5, 22.9, 25.7; 1 state, forward
+// 2.4, 2.5, 2.7, training 9.0, 8.8, 10.6.
 constexpr int64_t kMostChannels = 32;  // forward
 constexpr int64_t kShare = 32;         // backward
 constexpr int64_t kSequenceParts = 8;  // most pieces of the batch in the backward pass
@@ -90,24 +99,28 @@ struct Piece {
     return {x, rows, index, channels, p.length, stride};
   }
   Strided scan_order(float* rows) const { return {rows, DType::f32, 1, stride}; }
-  // An image in the order of a direction: itself where that is straight, else copied to `rows`.
-  Strided visited(float* image, int64_t k, float* rows) const {
-    const int32_t* places = orders.places(k);
-    const int64_t step = orders.straight(k);
-    if (step) return {image + places[0] * stride, DType::f32, 1, step * stride};
-    kernels().order_rows({image, rows, places, p.length, stride, false, false});
-    return scan_order(rows);
+  // Rows by place, as direction k visits them.
+  Strided visited(float* image, int64_t k, bool add = false) const {
+    return {image, DType::f32, 1, stride, orders.places(k), add};
+  }
+  // An array by place or by step in scan order, if its elements are a step apart there; else none.
+  Strided direct(const Operand& x, int64_t k, bool by_step) const {
+    Strided found = image_of(x, b, k, channel);
+    const int64_t step = by_step ? 1 : orders.straight(k);
+    if (!step) return {};
+    if (step < 0) found = image_of(x, b, k, channel, p.length - 1), found.time = -found.time;
+    return found;
   }
 
-  SelectiveJob scan(int64_t k, const Strided& u, float* delta, const Coefficients& coefficients,
-                    const float* stored, float* scratch) const {
+  SelectiveJob scan(int64_t k, const Strided& u, const Strided& delta,
+                    const Coefficients& coefficients, const float* stored, float* scratch) const {
     SelectiveJob job = {};
     job.channels = channels;
     job.steps = p.length;
     job.states = p.states;
     job.softplus = p.softplus;
     job.u = u;
-    job.delta = scan_order(delta);
+    job.delta = delta;
     const int64_t* a = p.a.stride;
     job.a = {moved(p.a, k * a[0] + channel * a[1]), p.a.dtype, a[1], a[2], 1, 0};
     const int64_t bk = b * p.directions + k;
@@ -145,19 +158,21 @@ void cross_scan_forward(const CrossScan& p, const Operand& out, float* stored) {
   for_tasks(state_steps(p), p.batch * cuts, [&](int64_t i) {
     const int64_t channel = i % cuts * size, channels = std::min(size, p.dim - channel);
     const Piece piece = {p, orders, i / cuts, channel, channels, stride};
-    Scratch<float> scratch(selective_scratch(channels, p.states)), images(4 * rows);
-    float *u = images.get(), *sum = u + rows, *input = sum + rows, *delta = input + rows;
+    Scratch<float> scratch(selective_scratch(channels, p.states)), images(3 * rows);
+    float *u = images.get(), *sum = u + rows, *packed = sum + rows;
     const Kernels& run = kernels();
     run.pack_rows(piece.rows(image_of(p.u, piece.b, channel), u, nullptr));
     for (int64_t k = 0; k < p.directions; ++k) {
-      run.pack_rows(piece.rows(image_of(p.delta, piece.b, k, channel), delta,
-                               orders.steps(k, p.delta_by_step)));
+      Strided delta = piece.direct(p.delta, k, p.delta_by_step);
+      if (!delta.data) {
+        delta = piece.scan_order(packed);
+        run.pack_rows(piece.rows(image_of(p.delta, piece.b, k, channel), packed,
+                                 orders.steps(k, p.delta_by_step)));
+      }
       SelectiveForwardJob job = {};
-      job.scan =
-          piece.scan(k, piece.visited(u, k, input), delta, coefficients, stored, scratch.get());
-      job.out = piece.scan_order(input);  // each tile has been read before it is written
+      job.scan = piece.scan(k, piece.visited(u, k), delta, coefficients, stored, scratch.get());
+      job.out = piece.visited(sum, k, k > 0);
       run.selective_forward(job);
-      run.order_rows({input, sum, orders.places(k), p.length, stride, true, k > 0});
     }
     if (!p.directions) std::fill_n(sum, rows, 0.0f);
     run.unpack_rows(piece.rows(image_of(out, piece.b, channel), sum, nullptr));
@@ -191,30 +206,33 @@ void cross_scan_backward(const CrossScan& p, const CrossScanGradients& g) {
   for_tasks(state_steps(p), pieces * cuts, [&](int64_t i) {
     const int64_t which = i / cuts, share = i % cuts;
     const int64_t channel = share * kShare, channels = std::min(kShare, p.dim - channel);
-    Scratch<float> scratch(selective_scratch(channels, states)), images(6 * image);
-    float *u = images.get(), *d_out = u + image, *du = d_out + image;
-    float *input = du + image, *upstream = input + image, *delta = upstream + image;
+    Scratch<float> scratch(selective_scratch(channels, states)), images(4 * image);
+    float *u = images.get(), *d_out = u + image, *du = d_out + image, *packed = du + image;
     const Kernels& run = kernels();
     for (int64_t b = p.batch * which / pieces; b < p.batch * (which + 1) / pieces; ++b) {
       const Piece piece = {p, orders, b, channel, channels, stride};
       run.pack_rows(piece.rows(image_of(p.u, b, channel), u, nullptr));
       run.pack_rows(piece.rows(image_of(g.d_out, b, channel), d_out, nullptr));
       for (int64_t k = 0; k < p.directions; ++k) {
-        const int32_t *places = orders.places(k), *steps = orders.steps(k, p.delta_by_step);
-        run.pack_rows(piece.rows(image_of(p.delta, b, k, channel), delta, steps));
+        const int32_t* steps = orders.steps(k, p.delta_by_step);
+        Strided delta = piece.direct(p.delta, k, p.delta_by_step);
+        Strided ddelta = piece.direct(g.ddelta, k, p.delta_by_step);
+        const bool apart = !delta.data;
+        if (apart) {
+          delta = ddelta = piece.scan_order(packed);  // a tile is read before it is written
+          run.pack_rows(piece.rows(image_of(p.delta, b, k, channel), packed, steps));
+        }
         SelectiveBackwardJob job = {};
-        job.scan =
-            piece.scan(k, piece.visited(u, k, input), delta, coefficients, g.stored, scratch.get());
-        job.d_out = piece.visited(d_out, k, upstream);
-        job.du = piece.scan_order(input);  // in place: a tile is read before it is written
-        job.ddelta = piece.scan_order(delta);
+        job.scan = piece.scan(k, piece.visited(u, k), delta, coefficients, g.stored, scratch.get());
+        job.d_out = piece.visited(d_out, k);
+        job.du = piece.visited(du, k, k > 0);
+        job.ddelta = ddelta;
         job.db = part(g.db, db, share, b * p.directions + k);
         job.dc = part(g.dc, dc, share, b * p.directions + k);
         job.sums = sums.get() + i * sums_of_share + k * sums_of_k;
         run.selective_backward(job);
-        run.order_rows({input, du, places, p.length, stride, true, k > 0});
-        if (g.ddelta.data)
-          run.unpack_rows(piece.rows(image_of(g.ddelta, b, k, channel), delta, steps));
+        if (apart && g.ddelta.data)
+          run.unpack_rows(piece.rows(image_of(g.ddelta, b, k, channel), packed, steps));
       }
       if (!p.directions) std::fill_n(du, image, 0.0f);
       if (g.du.data) run.unpack_rows(piece.rows(image_of(g.du, b, channel), du, nullptr));

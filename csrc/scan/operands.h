@@ -21,9 +21,11 @@ inline Strided image_of(const Operand& x, int64_t b, int64_t channel) {
   const int64_t* stride = x.stride;
   return strided(x, b * stride[0] + channel * stride[1], stride[1], stride[2]);
 }
-inline Strided image_of(const Operand& x, int64_t b, int64_t k, int64_t channel) {
+inline Strided image_of(const Operand& x, int64_t b, int64_t k, int64_t channel,
+                        int64_t place = 0) {
   const int64_t* stride = x.stride;
-  return strided(x, b * stride[0] + k * stride[1] + channel * stride[2], stride[2], stride[3]);
+  return strided(x, b * stride[0] + k * stride[1] + channel * stride[2] + place * stride[3],
+                 stride[2], stride[3]);
 }
 
 // A sequence: where its first step in scan order lies.

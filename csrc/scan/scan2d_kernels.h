@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of channels put into another order; cross_scan.cc drives them.
+// Rows of channels; cross_scan.cc drives them.
 #pragma once
 #include "scan/scan_kernels.h"
 
@@ -12,16 +12,6 @@ struct RowsJob {
   float* rows;
   const int32_t* index;
   int64_t channels, count, stride;
-};
-
-// to[index[t]] of [count][stride] receives from[t] with `scatter`; else to[t] receives
-// from[index[t]]. `add`: it is added to what is there. stride: whole vectors.
-struct OrderJob {
-  const float* from;
-  float* to;
-  const int32_t* index;
-  int64_t count, stride;
-  bool scatter, add;
 };
 
 }  // namespace pentad::scan

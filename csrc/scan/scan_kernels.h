@@ -10,10 +10,15 @@ namespace pentad::scan {
 
 // Element (channel, t) of an array at data + channel * `channel` + t * `time`; null: absent. Time
 // runs in the order of the recurrence: a reversed sequence has its last element at `data`.
+//
+// With `places` it is that of step places[t]: of floats, next to each other in whole vectors of
+// channels. `add`: what is written there is added.
 struct Strided {
   void* data;
   DType dtype;
   int64_t channel, time;
+  const int32_t* places = nullptr;
+  bool add = false;
 };
 
 // (d, n, part) of floats, or with time (n, t, part) of any dtype.
@@ -90,7 +95,6 @@ struct MatrixSumJob;
 struct MatrixUpdateJob;  // matrix_update_kernels.h
 // scan2d_kernels.h
 struct RowsJob;
-struct OrderJob;
 // wavefront_kernels.h
 struct WavefrontForwardJob;
 struct WavefrontBackwardJob;
@@ -134,7 +138,6 @@ struct Kernels {
   void (*matrix_update)(const MatrixUpdateJob&);
   void (*pack_rows)(const RowsJob&);
   void (*unpack_rows)(const RowsJob&);
-  void (*order_rows)(const OrderJob&);
   void (*wavefront_forward)(const WavefrontForwardJob&);
   void (*wavefront_backward)(const WavefrontBackwardJob&);
 };
