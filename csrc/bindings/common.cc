@@ -7,6 +7,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/stream_read.h"
+#include "common/topk.h"
 
 namespace py = pybind11;
 
@@ -60,6 +61,23 @@ void bind_common(py::module_& m) {
         return stream_read(static_cast<const uint8_t*>(data.data), data.shape[0]);
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("best_of", [](const TensorView& scores, const TensorView& ids, bool largest,
+                      const TensorView& best, const TensorView& best_ids) {
+    const char* op = "best_of";
+    expect(scores, op, "scores", {DType::f32}, 2);
+    expect(ids, op, "ids", {DType::i64}, 2);
+    const int64_t queries = scores.shape[0], candidates = scores.shape[1];
+    if (!is_contiguous(scores) || !is_contiguous(ids) || ids.shape[0] != queries ||
+        ids.shape[1] != candidates)
+      bad_value(op, "scores and ids are not contiguous or of different shapes");
+    expect(best, op, "best", {DType::f32}, 2);
+    expect_output(best, op, "best", DType::f32, {queries, best.shape[1]});
+    expect_output(best_ids, op, "best_ids", DType::i64, {queries, best.shape[1]});
+    py::gil_scoped_release release;
+    best_of(static_cast<const float*>(scores.data), static_cast<const int64_t*>(ids.data), queries,
+            candidates, largest, best.shape[1], static_cast<float*>(best.data),
+            static_cast<int64_t*>(best_ids.data));
+  });
   // `rounds` of 12 multiply-adds of full vectors on every thread, of bf16 pairs if asked and the
   // level has them; the operations done, two per multiply-add: for the peak in benchmarks.
   m.def(

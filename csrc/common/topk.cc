@@ -7,6 +7,8 @@
 #include <new>
 #include <vector>
 
+#include "common/parallel.h"
+
 namespace pentad {
 
 void start_hits(HitBuffer& buffer, int64_t k, uint32_t limit, bool ordered) {
@@ -115,6 +117,32 @@ void finish_hits(HitBuffer& buffer) {
   constexpr int64_t kSmall = 200;  // where a comparison sort is as fast
   if (buffer.ordered && buffer.size > kSmall) sort_by_key(buffer.items, buffer.size);
   else std::sort(buffer.items, buffer.items + buffer.size);
+}
+
+void best_of(const float* scores, const int64_t* ids, int64_t queries, int64_t candidates,
+             bool largest, int64_t k, float* best, int64_t* best_ids) {
+  constexpr int64_t kStep = 16;  // queries
+  const int64_t keep = std::min(k, candidates);
+  const auto task = [&](int64_t t) {
+    std::vector<Hit> hits(candidates);
+    for (int64_t q = t * kStep; q < queries && q < (t + 1) * kStep; ++q) {
+      for (int64_t i = 0; i < candidates; ++i) {
+        const float score = scores[q * candidates + i];
+        // Adding 0 makes one of both zeros.
+        hits[i] = {key_from_float((largest ? -score : score) + 0.0f), ids[q * candidates + i]};
+      }
+      std::partial_sort(hits.begin(), hits.begin() + keep, hits.end());
+      for (int64_t i = 0; i < keep; ++i) {
+        const float score = float_from_key(hits[i].key);
+        best[q * k + i] = (largest ? -score : score) + 0.0f;
+        best_ids[q * k + i] = hits[i].id;
+      }
+    }
+  };
+  constexpr int64_t kSerialWork = 1 << 14;  // candidates below which threads do not pay
+  const int64_t tasks = (queries + kStep - 1) / kStep;
+  if (queries * candidates >= kSerialWork) return parallel_for(tasks, task);
+  for (int64_t t = 0; t < tasks; ++t) task(t);
 }
 
 uint32_t key_from_float(float value) {

@@ -42,4 +42,9 @@ void finish_hits(HitBuffer& buffer);
 uint32_t key_from_float(float value);
 float float_from_key(uint32_t key);
 
+// The k best of (queries, candidates) by (score, id), best first; fewer than k candidates leave the
+// rest as they are. Arrays are contiguous, results (queries, k).
+void best_of(const float* scores, const int64_t* ids, int64_t queries, int64_t candidates,
+             bool largest, int64_t k, float* best, int64_t* best_ids);
+
 }  // namespace pentad

@@ -12,14 +12,4 @@
 #include <arm_neon.h>
 #endif
 
-#include "attention/attention_kernels.h"
-#include "hamming/hamming_kernels.h"
-#include "scan/causal_conv_kernels.h"
-#include "scan/few_rows_linear_kernels.h"
-#include "scan/matrix_scan_kernels.h"
-#include "scan/matrix_steps_kernels.h"
-#include "scan/matrix_update_kernels.h"
-#include "scan/scan2d_kernels.h"
-#include "scan/scan_kernels.h"
-#include "scan/state_update_kernels.h"
-#include "scan/wavefront_kernels.h"
+#include "common/tensor_view.h"

@@ -23,6 +23,7 @@ def cuda_built() -> bool: ...
 def cuda_devices() -> list[str]: ...
 def count_tasks(tasks: int) -> int: ...
 def stream_read(data: Array) -> int: ...
+def best_of(scores: Array, ids: Array, largest: bool, best: Array, best_ids: Array) -> None: ...
 def multiply_adds(rounds: int, bf16: bool) -> int: ...
 def attention_forward(
     q: Array,
@@ -374,6 +375,13 @@ def matrix_scan_backward(
     dd: Array | None,
     dinitial: Array | None,
 ) -> None: ...
+def pq_assign(
+    x: Array, codebooks: Array, metric: str, codes: Array, distances: Array | None
+) -> None: ...
+def pq_kmeans_start(x: Array, seed: int, centroids: Array) -> None: ...
+def pq_kmeans_steps(
+    x: Array, metric: str, iterations: int, centroids: Array, codes: Array
+) -> bool: ...
 def matrix_update(
     state: Array,
     q: Array,
@@ -387,8 +395,119 @@ def matrix_update(
     rows: Array | None,
     out: Array,
 ) -> None: ...
+def pq_lookup(
+    codes: Array,
+    codebooks: list[Array] | tuple[Array, ...],
+    weights: Array | None,
+    offsets: Array | None,
+    combine: str,
+    out: Array,
+) -> None: ...
+def pq_lookup_backward(
+    d_out: Array,
+    codes: Array,
+    codebooks: list[Array] | tuple[Array, ...],
+    weights: Array | None,
+    offsets: Array | None,
+    combine: str,
+    d_tables: Array | None,
+    d_weights: Array | None,
+) -> None: ...
+def pq_score_tables(queries: Array, codebooks: Array, metric: str, tables: Array) -> None: ...
+def pq_table_sum(tables: Array, codes: Array, out: Array) -> None: ...
+def pq_table_sum_backward(d_out: Array, codes: Array, d_tables: Array) -> None: ...
+def pq_pack_codes(codes: Array, nbits: int, packed: Array) -> None: ...
+def pq_unpack_codes(packed: Array, nbits: int, out: Array) -> None: ...
+def pq_hash_codes(ids: Array, seeds: list[int], sizes: list[int], out: Array) -> None: ...
+def pq_digits(ids: Array, sizes: list[int], out: Array) -> None: ...
 
 class HammingRange:
     @property
     def total(self) -> int: ...
     def write(self, indptr: Array, values: Array, ids: Array) -> None: ...
+
+pq_block_rows: int
+pq_max_subspaces: int
+
+def pq_block_shape(M: int, nbits: int) -> tuple[int, ...]: ...
+def pq_to_blocks(codes: Array, nbits: int, first: int, blocks: Array) -> None: ...
+def pq_from_blocks(
+    blocks: Array, nbits: int, M: int, rows: int, positions: Array, out: Array
+) -> None: ...
+def pq_topk(
+    tables: Array,
+    offset: Array | None,
+    blocks: Array,
+    nbits: int,
+    M: int,
+    rows: int,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+    ids: Array | None,
+    range_offsets: Array | None,
+    range_begin: Array | None,
+    range_end: Array | None,
+    range_table: Array | None,
+    range_offset: Array | None,
+    values: Array,
+    found: Array,
+) -> None: ...
+def pq_range(
+    tables: Array,
+    offset: Array | None,
+    blocks: Array,
+    nbits: int,
+    M: int,
+    rows: int,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+    ids: Array | None,
+    range_offsets: Array | None,
+    range_begin: Array | None,
+    range_end: Array | None,
+    range_table: Array | None,
+    range_offset: Array | None,
+    radius: float,
+) -> PqRange: ...
+def pq_rescore(
+    x: Array, vectors: Array, scale: Array | None, candidates: Array, l2: bool, out: Array
+) -> None: ...
+
+class PqRange:
+    @property
+    def total(self) -> int: ...
+    def write(self, indptr: Array, values: Array, ids: Array) -> None: ...
+
+pq_most_subkeys: int
+
+def pq_product_keys(
+    q: Array,
+    subkeys: Array,
+    values: Array,
+    k: int,
+    scale: float,
+    softmax: bool,
+    per_head: bool,
+    out: Array,
+    indices: Array,
+    weights: Array,
+) -> None: ...
+def pq_product_keys_backward(
+    q: Array,
+    subkeys: Array,
+    values: Array,
+    scale: float,
+    softmax: bool,
+    per_head: bool,
+    indices: Array,
+    weights: Array,
+    d_out: Array | None,
+    d_weights: Array | None,
+    d_q: Array | None,
+    d_subkeys: Array | None,
+    d_values: Array | None,
+    touched: Array | None,
+) -> None: ...
+def pq_count_distinct(indices: Array, limit: int) -> int: ...

@@ -20,7 +20,7 @@ from pentad._C import set_num_threads as _set_num_threads
 from pentad._errors import DeviceError, FormatError
 from pentad._index import SearchResult
 
-_FAMILIES = ("attention", "hamming", "nn", "scan")
+_FAMILIES = ("attention", "hamming", "nn", "pq", "scan")
 
 
 def set_num_threads(n: int) -> None:
@@ -63,6 +63,7 @@ __all__ = [
     "isa_available",
     "nn",
     "num_threads",
+    "pq",
     "scan",
     "set_num_threads",
     "thread_runtime",

@@ -91,6 +91,11 @@ def needs_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def autocast_device(tensor) -> str:
+    """The device to name to `torch.autocast`, which knows none for meta tensors."""
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
 class _Once(torch.autograd.Function):
     """The identity on the first tensors, which depends on all and refuses to be differentiated."""
 

@@ -1,4 +1,4 @@
-# The object of each level defines only what stands in its own namespace: an inline function with
+# The objects of each level define only what stands in its own namespace: an inline function with
 # external linkage would be compiled once per level, and the linker might keep the AVX-512 copy.
 execute_process(COMMAND ${NM} -C --defined-only -A ${ARCHIVE} OUTPUT_VARIABLE symbols
                 COMMAND_ERROR_IS_FATAL ANY)
@@ -6,7 +6,7 @@ string(REPLACE ";" "," symbols "${symbols}")
 string(REPLACE "\n" ";" symbols "${symbols}")
 set(seen 0)
 foreach(line IN LISTS symbols)
-  if(line MATCHES ":(v2|v3|v4|v4x|neon)\\.cc\\.o:[0-9a-f ]+ ([A-Za-z]) (.*)$")
+  if(line MATCHES ":[a-z]+_(v2|v3|v4|v4x|neon)\\.cc\\.o:[0-9a-f ]+ ([A-Za-z]) (.*)$")
     set(level ${CMAKE_MATCH_1})
     set(type ${CMAKE_MATCH_2})
     set(symbol "${CMAKE_MATCH_3}")
@@ -15,7 +15,7 @@ foreach(line IN LISTS symbols)
     endif()
     math(EXPR seen "${seen} + 1")
     if(NOT symbol MATCHES "^pentad::${level}::")
-      message(FATAL_ERROR "${level}.cc defines the shared symbol ${symbol} (${type})")
+      message(FATAL_ERROR "a unit of ${level} defines the shared symbol ${symbol} (${type})")
     endif()
   endif()
 endforeach()

@@ -9,32 +9,19 @@ same kind. The mathematics stand in ``csrc/hamming/hamming.h`` and, in numpy, in
 """
 
 import math
-import operator
 
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import dtype_name, is_numpy
+from pentad._arrays import is_numpy
+from pentad._checks import FLOATS, check_choice, check_count, check_dtype
 from pentad.hamming import _kernels
 
 METRICS = ("hamming", "jaccard", "and")
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
 _ESTIMATORS = ("ste", "tanh", "bernoulli")
 
 
 # --- Checks ---------------------------------------------------------------------------------------
-
-
-def check_choice(op, name, value, choices):
-    if value not in choices:
-        raise ValueError(f"[{op}] {name} is {value!r}, expected one of {', '.join(choices)}")
-
-
-def check_dtype(op, name, array, accepted):
-    if dtype_name(array) not in accepted:
-        raise TypeError(
-            f"[{op}] {name} has dtype {dtype_name(array)}, expected {', '.join(accepted)}"
-        )
 
 
 def check_rank(op, name, array, rank, shape):
@@ -62,16 +49,6 @@ def check_same_bytes(op, a_name, a, b_name, b):
             f"[{op}] {a_name} have {a.shape[-1]} bytes per row, at most "
             f"{_C.hamming_max_bytes} are supported"
         )
-
-
-def check_count(op, name, value, lowest=0):
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"[{op}] {name} is {value!r}, expected an integer") from None
-    if value < lowest:
-        raise ValueError(f"[{op}] {name} is {value}, expected at least {lowest}")
-    return value
 
 
 def check_dim(op, codes, dim):
@@ -129,7 +106,7 @@ def pack(x, threshold=0.0):
     array([[160]], dtype=uint8)
     """
     numpy = is_numpy("hamming.pack", x=x)
-    check_dtype("hamming.pack", "x", x, (*_FLOATS, "int8", "bool"))
+    check_dtype("hamming.pack", "x", x, (*FLOATS, "int8", "bool"))
     if x.ndim < 1:
         raise ValueError("[hamming.pack] x has no dimension to pack")
     threshold = float(threshold)
@@ -329,7 +306,7 @@ def range_search(queries, codes, radius, *, metric="hamming", mask=None):
 
 
 def check_query(op, x, codes):
-    check_dtype(op, "x", x, _FLOATS)
+    check_dtype(op, "x", x, FLOATS)
     if x.shape[-1] < 1 or codes.shape[-1] != -(-x.shape[-1] // 8):
         raise ValueError(
             f"[{op}] x has {x.shape[-1]} columns, which takes {-(-x.shape[-1] // 8)} bytes, "
@@ -450,7 +427,7 @@ def weighted_sum(weights, codes, dim):
     """
     op = "hamming.weighted_sum"
     numpy = is_numpy(op, weights=weights, codes=codes)
-    check_dtype(op, "weights", weights, _FLOATS)
+    check_dtype(op, "weights", weights, FLOATS)
     check_codes(op, "codes", codes)
     dim = check_dim(op, codes, dim)
     if weights.ndim < 1 or weights.shape[-1] != codes.shape[0]:
@@ -494,7 +471,7 @@ def binarize(x, estimator="ste", temperature=1.0, generator=None):
     """
     op = "hamming.binarize"
     numpy = is_numpy(op, x=x, any_device=True)  # torch's own elementwise functions
-    check_dtype(op, "x", x, _FLOATS)
+    check_dtype(op, "x", x, FLOATS)
     check_choice(op, "estimator", estimator, _ESTIMATORS)
     if not temperature > 0:
         raise ValueError(f"[{op}] temperature is {temperature}, expected a positive number")

@@ -3,17 +3,17 @@
 
 import numpy as np
 
-from pentad._arrays import like, to_numpy
+from pentad._arrays import like
 from pentad._errors import FormatError
-from pentad._index import SearchResult, check_ids, present_ids
-from pentad.hamming import functional, hyperdimensional
-from pentad.hamming._rows import BLOCK, Rows, padded, quantize
-from pentad.hamming.index import CodeIndex, _reconstruct, _with_count
+from pentad._index import SearchResult
+from pentad._lists import InvertedIndex
+from pentad.hamming import _rows, functional, hyperdimensional
+from pentad.hamming.index import CodeIndex
 
 _ITERATIONS = 10
 
 
-class BinaryIVFIndex(CodeIndex):
+class BinaryIVFIndex(CodeIndex, InvertedIndex):
     """Search in the `nprobe` lists whose centroids are nearest to the query.
 
     Parameters
@@ -50,23 +50,14 @@ class BinaryIVFIndex(CodeIndex):
     """
 
     _kind = "hamming.BinaryIVFIndex"
+    _options = ("dim", "lists", "metric", "store", "nprobe")
 
     def __init__(
         self, dim: int, lists: int, *, metric: str = "hamming", store=None, nprobe: int = 8
     ):
-        super().__init__(dim, metric=metric, store=store)
-        self.lists = functional.check_count(self._op("__init__"), "lists", lists, 1)
-        self.nprobe = nprobe
+        CodeIndex.__init__(self, dim, metric=metric, store=store)
+        self._begin_lists(lists, nprobe)
         self.centroids = None
-        self._lists = _Lists.empty(self)
-
-    @property
-    def nprobe(self) -> int:
-        return self._nprobe
-
-    @nprobe.setter
-    def nprobe(self, value: int) -> None:
-        self._nprobe = functional.check_count(self._op("nprobe"), "nprobe", value, 1)
 
     # --- Training ---------------------------------------------------------------------------------
 
@@ -76,7 +67,7 @@ class BinaryIVFIndex(CodeIndex):
         Deterministic for a given seed. The index must be empty.
         """
         op = self._op("train")
-        codes = self._input("train", vectors_or_codes, finite=False).codes
+        codes = self._input("train", vectors_or_codes).codes
         if len(codes) < self.lists:
             raise ValueError(f"[{op}] {len(codes)} rows for {self.lists} lists")
         with self._writing:
@@ -84,69 +75,13 @@ class BinaryIVFIndex(CodeIndex):
                 raise ValueError(f"[{op}] the index already holds {len(self)} rows")
             self.centroids = k_majority(codes, self.dim, self.lists, seed, iterations)
 
-    def _trained(self, name):
+    def _ready(self, name):
         if self.centroids is None:
             raise ValueError(f"[{self._op(name)}] the index is not trained; call train() first")
 
-    # --- Content ----------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self._lists.sorted_ids)
-
-    @property
-    def ids(self) -> np.ndarray:
-        """(n,) int64, rising, read-only."""
-        return self._lists.sorted_ids
-
-    def add(self, vectors_or_codes, ids=None) -> None:
-        """Add rows; arguments and errors as in `BinaryIndex.add`."""
-        self._trained("add")
-        given = self._input("add", vectors_or_codes, finite=self.store is not None)
-        vectors, scale = quantize(given.floats, self.store)
-        with self._writing:
-            new = self._new_ids("add", ids, len(given.codes), self._lists.sorted_ids)
-            self._lists = self._lists.with_rows(self, (given.codes, new, vectors, scale))
-
-    def remove(self, ids) -> int:
-        """Remove rows by id; unknown ids are passed over. Returns how many were removed."""
-        with self._writing:
-            lists = self._lists
-            gone = lists.positions(check_ids(self._op("remove"), _plain(ids)))
-            gone = gone[gone >= 0]
-            if len(gone):
-                keep = np.setdiff1d(lists.filled, gone, assume_unique=True)
-                self._lists = lists.rebuilt(self, lists.rows.content(keep), lists.assigned(keep))
-            return len(gone)
-
-    def update(self, ids, vectors_or_codes) -> None:
-        """Replace the rows of `ids`, which must be present."""
-        op = self._op("update")
-        self._trained("update")
-        given = self._input("update", vectors_or_codes, finite=self.store is not None)
-        ids = check_ids(op, _plain(ids), len(given.codes))
-        content = (given.codes, ids, *quantize(given.floats, self.store))
-        with self._writing:
-            lists = self._lists
-            at = self._known("update", lists, ids)
-            keep = np.setdiff1d(lists.filled, at, assume_unique=True)
-            kept = lists.rebuilt(self, lists.rows.content(keep), lists.assigned(keep))
-            self._lists = kept.with_rows(self, content)
-
-    def reconstruct(self, ids) -> np.ndarray:
-        """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1.
-
-        An id may be given more than once.
-        """
-        lists = self._lists
-        ids = check_ids(self._op("reconstruct"), _plain(ids), unique=False)
-        at = self._known("reconstruct", lists, ids)
-        return _reconstruct(lists.rows, at, self.dim)
-
-    def _known(self, name, lists, ids):
-        at = lists.positions(ids)
-        if (at < 0).any():
-            raise ValueError(f"[{self._op(name)}] id {ids[at < 0][0]} is not in the index")
-        return at
+    def _content(self, given):
+        nearest = functional.topk(given.codes, self.centroids, 1)[1][:, 0]
+        return super()._content(given) | {"list": nearest}
 
     # --- Search -----------------------------------------------------------------------------------
 
@@ -155,168 +90,51 @@ class BinaryIVFIndex(CodeIndex):
 
         `nprobe` overrides the attribute for this call.
         """
-        self._trained("search")
-        lists = self._lists
-        given = self._input("search", queries, "queries")
-        ranges = lists.ranges(given.codes, self._probes("search", nprobe), self.centroids)
-        mask = self._filter_mask("search", lists, filter)
-        found = self._search(lists.rows, given, k, mask, rescore, oversample, lists, ranges)
+        view = self._view()
+        view._ready("search")
+        given = view._input("search", queries, "queries")
+        ranges = view._ranges(given.codes, view._probes("search", nprobe))
+        mask = view._mask("search", filter)
+        found = view._search(given, k, mask, rescore, oversample, ranges)
         return SearchResult(*(like(queries, part) for part in found))
 
     def range_search(self, queries, radius, *, filter=None, nprobe=None):
         """Rows of the visited lists within `radius`, inclusive: (indptr, values, ids)."""
-        self._trained("range_search")
-        lists = self._lists
-        given = self._input("range_search", queries, "queries")
-        radius = float(radius)
-        if np.isnan(radius):
-            raise ValueError(f"[{self._op('range_search')}] radius is NaN")
-        ranges = lists.ranges(given.codes, self._probes("range_search", nprobe), self.centroids)
-        mask = self._filter_mask("range_search", lists, filter)
-        found = lists.rows.range_search(given.codes, radius, self.metric, mask, ranges=ranges)
+        view = self._view()
+        view._ready("range_search")
+        given = view._input("range_search", queries, "queries")
+        radius = view._radius(radius)
+        ranges = view._ranges(given.codes, view._probes("range_search", nprobe))
+        mask = view._mask("range_search", filter)
+        rows = view._state.rows
+        found = _rows.range_search(rows, given.codes, radius, mask, ranges=ranges)
         return tuple(like(queries, part) for part in found)
 
-    def _locate(self, ids):
-        lists = self._lists
-        return lists.rows, lists.positions(ids)
-
-    def _probes(self, name, nprobe):
-        value = self.nprobe if nprobe is None else nprobe
-        return min(functional.check_count(self._op(name), "nprobe", value, 1), self.lists)
-
-    def _filter_mask(self, name, lists, keep):
-        if keep is None:
-            return None
-        keep = np.asarray(_plain(keep))
-        mask = np.zeros(lists.rows.count, np.bool_)
-        if keep.dtype == np.bool_:
-            if keep.shape != (len(lists.sorted_ids),):
-                raise ValueError(
-                    f"[{self._op(name)}] filter has shape {keep.shape}, expected "
-                    f"({len(lists.sorted_ids)},)"
-                )
-            mask[lists.sorted_at[keep]] = True
-        else:
-            at = lists.positions(check_ids(self._op(name), present_ids(keep)))
-            mask[at[at >= 0]] = True
-        return mask
+    def _ranges(self, codes, nprobe):
+        return self._state.ranges(functional.topk(codes, self.centroids, nprobe)[1])
 
     # --- Files ------------------------------------------------------------------------------------
 
     def to_sections(self):
         """(meta, arrays) for a file that embeds this index; see `from_sections`."""
-        meta = {
-            "dim": self.dim,
-            "lists": self.lists,
-            "metric": self.metric,
-            "store": self.store,
-            "nprobe": self.nprobe,
-        }
-        arrays = self._lists.rows.arrays() | {"sizes": self._lists.sizes}
-        if self.centroids is not None:
-            arrays["centroids"] = self.centroids
-        return meta, arrays
+        trained = {} if self.centroids is None else {"centroids": self.centroids}
+        return self._meta(), self._list_arrays() | trained
 
     @classmethod
     def from_sections(cls, meta: dict, arrays: dict) -> "BinaryIVFIndex":
         """Rebuild an index from `to_sections`; raises FormatError where the parts do not fit."""
-        sizes, centroids = arrays.get("sizes"), arrays.get("centroids")
-        try:
-            if sizes is None or sizes.shape != (meta["lists"],):  # before so many lists are made
-                raise FormatError("the lists of the index are malformed")
-            index = cls(
-                meta["dim"],
-                meta["lists"],
-                metric=meta["metric"],
-                store=meta["store"],
-                nprobe=meta["nprobe"],
-            )
-        except FormatError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise FormatError(f"the description of the index is malformed: {error!r}") from error
-        width = -(-index.dim // 8)
+        sizes, centroids = cls._check_sizes(meta, arrays), arrays.get("centroids")
+        index = cls._made(meta)
+        shape = (index.lists, -(-index.dim // 8))
         if (
-            sizes.dtype != np.int64
-            or (sizes < 0).any()
-            or (centroids is not None and centroids.shape != (index.lists, width))
-            or (centroids is not None and centroids.dtype != np.uint8)
-            or (centroids is None and sizes.any())
+            sizes.any()
+            if centroids is None
+            else centroids.shape != shape or centroids.dtype != np.uint8
         ):
-            raise FormatError("the lists of the index are malformed")
-        rows = Rows.from_arrays(arrays, index.dim, index.metric, index.store)
-        if sum(padded(int(size)) for size in sizes) != rows.count:
-            raise FormatError("the lists of the index do not add up to its rows")
+            raise FormatError("the centroids of the index are malformed")
         index.centroids = centroids
-        index._lists = _Lists(rows, sizes)
-        ids = index._lists.sorted_ids
-        if (np.diff(ids) <= 0).any() or (ids[:1] < 0).any():
-            raise FormatError("the ids of the index are negative or not unique")
+        index._restore(arrays, sizes, also=("centroids",))
         return index
-
-
-class _Lists:
-    """Rows standing list by list: list l fills [start[l], start[l] + sizes[l])."""
-
-    def __init__(self, rows: Rows, sizes: np.ndarray):
-        self.rows = rows
-        self.sizes = sizes
-        self.start = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK) * BLOCK)]).astype(np.int64)
-        self.filled = np.concatenate(
-            [np.arange(s, s + n) for s, n in zip(self.start, sizes, strict=False)]
-            or [np.zeros(0, np.int64)]
-        ).astype(np.int64)
-        ids = rows.ids[self.filled]
-        order = np.argsort(ids, kind="stable")
-        self.sorted_ids, self.sorted_at = ids[order], self.filled[order]
-        self.sorted_ids.flags.writeable = False
-
-    @classmethod
-    def empty(cls, index) -> "_Lists":
-        rows = Rows.empty(0, index.dim, index.metric, index.store)
-        return cls(rows, np.zeros(index.lists, np.int64))
-
-    def positions(self, ids):
-        """Row of each id, of the same shape, -1 where unknown."""
-        if not len(self.sorted_ids):
-            return np.full(ids.shape, -1, np.int64)
-        at = np.minimum(np.searchsorted(self.sorted_ids, ids), len(self.sorted_ids) - 1)
-        return np.where(self.sorted_ids[at] == ids, self.sorted_at[at], -1)
-
-    def assigned(self, positions):
-        """The list that each row stands in."""
-        return np.searchsorted(self.start, positions, side="right") - 1
-
-    def with_rows(self, index, content) -> "_Lists":
-        """These and new rows, (codes, ids, vectors, scale), each in the list of its centroid."""
-        nearest = functional.topk(content[0], index.centroids, 1)[1][:, 0]
-        old = self.rows.content(self.filled)
-        both = [
-            None if a is None else np.concatenate([a, b]) for a, b in zip(old, content, strict=True)
-        ]
-        return self.rebuilt(index, both, np.concatenate([self.assigned(self.filled), nearest]))
-
-    def rebuilt(self, index, content, assigned) -> "_Lists":
-        """`content` as Rows.write takes it, row i into list assigned[i]."""
-        order = np.lexsort((content[1], assigned))
-        sizes = np.bincount(assigned, minlength=index.lists).astype(np.int64)
-        total = int((-(-sizes // BLOCK) * BLOCK).sum())
-        rows = Rows.empty(total, index.dim, index.metric, index.store)
-        done = 0
-        for start, size in zip(
-            np.concatenate([[0], np.cumsum(-(-sizes // BLOCK) * BLOCK)]), sizes, strict=False
-        ):
-            part = order[done : done + size]
-            rows.write(int(start), *(None if c is None else c[part] for c in content))
-            done += size
-        return _Lists(_with_count(rows, total), sizes)
-
-    def ranges(self, codes, nprobe, centroids):
-        """(offsets, begin, end) of the rows that each query visits."""
-        visited = functional.topk(codes, centroids, nprobe)[1]
-        offsets = np.arange(len(codes) + 1, dtype=np.int64) * nprobe
-        begin = self.start[visited].reshape(-1)
-        return offsets, begin, begin + self.sizes[visited].reshape(-1)
 
 
 def k_majority(codes, dim, count, seed=0, iterations=_ITERATIONS):
@@ -343,10 +161,6 @@ def k_majority(codes, dim, count, seed=0, iterations=_ITERATIONS):
             break
         centroids = fresh
     return np.ascontiguousarray(centroids)
-
-
-def _plain(array):
-    return to_numpy(array) if hasattr(array, "detach") else array
 
 
 __all__ = ["BinaryIVFIndex", "SearchResult", "k_majority"]

@@ -22,7 +22,7 @@ import math
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pentad._ops import needs_grad
+from pentad._ops import autocast_device, needs_grad
 from pentad.scan._checks import (
     COMPLEX,
     FLOATS,
@@ -313,7 +313,7 @@ def _vandermonde(weights, a, length, dtype):
     if low.is_complex():
         low = torch.cat([low.real, -low.imag], -2)
         high = torch.cat([high.real, high.imag], -2)
-    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # not in 16 bits
+    with torch.autocast(autocast_device(a), enabled=False):  # not in 16 bits
         return (high.mT.to(dtype) @ low.to(dtype)).flatten(-2)[..., :length]
 
 

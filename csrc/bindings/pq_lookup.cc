@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entries of lookups, table sums and codes. Everything that could make a kernel read or write
+// out of bounds is refused here or, where codes are concerned, while they are read.
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#include "bindings/lists.h"
+#include "bindings/tensor_caster.h"
+#include "bindings/writes.h"
+#include "common/ceil_div.h"
+#include "pq/codes.h"
+#include "pq/lookup.h"
+#include "pq/table_sum.h"
+
+namespace py = pybind11;
+
+namespace pentad {
+namespace {
+
+using namespace pq;
+using Optional = std::optional<TensorView>;
+
+[[noreturn]] void bad_dtype(const char* op, const char* name, const TensorView& view,
+                            const std::string& expected) {
+  throw TypeMismatch("[" + std::string(op) + "] " + name + " has dtype " + dtype_name(view.dtype) +
+                     ", expected " + expected);
+}
+
+Codes codes_of(const TensorView& view, const char* op, const char* name, int rank) {
+  expect(view, op, name,
+         {DType::u8, DType::i8, DType::u16, DType::i16, DType::u32, DType::i32, DType::u64,
+          DType::i64},
+         rank);
+  return {view.data,       view.dtype,
+          view.shape[0],   rank == 2 ? view.shape[1] : 1,
+          view.strides[0], rank == 2 ? view.strides[1] : 1};
+}
+
+DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+void expect_shape(const TensorView& view, const char* op, const char* name,
+                  std::initializer_list<int64_t> shape) {
+  lists::expect_shape(view, op, name, shape);
+}
+
+// --- Lookup
+// ---------------------------------------------------------------------------------------
+
+// Borrowed tables, turned where their columns do not follow each other.
+class Tables {
+ public:
+  Tables(const py::sequence& list, const char* op) : op_(op) {
+    for (const py::handle& item : list) {
+      holders_.emplace_back().borrow(item);
+      add(holders_.back().view);
+    }
+    if (tables.empty()) bad_value(op, "there is no table");
+  }
+
+  std::vector<Table> tables;
+  int64_t width = 0, rows = 0;
+  DType dtype = DType::f32;
+  const std::deque<ViewHolder>& holders() const { return holders_; }
+
+  // Without the GIL: may copy much.
+  void turn() {
+    for (Turned& t : turned_) {
+      const int64_t size = size_of(dtype), rows = tables[t.table].rows;
+      const char* from = tables[t.table].base;
+      char* to = copies_.emplace_back(rows * width * size).data();
+      tables[t.table] = {to, rows, width * size};
+      for (int64_t k = 0; k < rows; ++k)
+        for (int64_t d = 0; d < width; ++d, to += size)
+          std::memcpy(to, from + (k * t.row_stride + d * t.stride) * size, size);
+    }
+  }
+
+ private:
+  struct Turned {
+    size_t table;
+    int64_t row_stride, stride;
+  };
+
+  void add(const TensorView& view) {
+    expect(view, op_, "codebooks", {DType::f32, DType::f16, DType::bf16, DType::f64}, -1);
+    if (view.rank != 2 && view.rank != 3)
+      bad_value(op_, "codebooks have shape " + shape_text(view) + ", expected 2 or 3 dimensions");
+    const int64_t columns = view.shape[view.rank - 1], levels = view.shape[view.rank - 2];
+    if (holders_.size() == 1) dtype = view.dtype, width = columns;
+    if (view.dtype != dtype) bad_dtype(op_, "codebooks", view, dtype_name(dtype));
+    if (columns != width)
+      bad_value(op_, "codebooks have rows of " + std::to_string(columns) + " and " +
+                         std::to_string(width) + " numbers, expected one width");
+    if (levels > kMostTableRows)
+      bad_value(op_, "codebooks have " + std::to_string(levels) + " rows");
+    const int64_t count = view.rank == 3 ? view.shape[0] : 1, size = size_of(dtype);
+    const int64_t row_stride = view.strides[view.rank - 2], stride = view.strides[view.rank - 1];
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t at = view.rank == 3 ? m * view.strides[0] : 0;
+      if (stride != 1 && width > 1) turned_.push_back({tables.size(), row_stride, stride});
+      tables.push_back(
+          {static_cast<const char*>(view.data) + at * size, levels, row_stride * size});
+      rows += levels;
+    }
+  }
+
+  const char* op_;
+  std::deque<ViewHolder> holders_;
+  std::vector<Turned> turned_;
+  std::deque<std::vector<char>> copies_;
+};
+
+struct LookupArguments {
+  Lookup p;
+  Tables tables;
+  std::vector<int64_t> bags;
+
+  LookupArguments(const char* op, const TensorView& codes, const py::sequence& list,
+                  const Optional& weights, const Optional& offsets, const std::string& combine)
+      : tables(list, op) {
+    p.op = op;
+    p.codes = codes_of(codes, op, "codes", 2);
+    const int64_t count = static_cast<int64_t>(tables.tables.size());
+    if (p.codes.columns != count)
+      bad_value(op, "codes have " + std::to_string(p.codes.columns) + " columns but there are " +
+                        std::to_string(count) + " codebooks");
+    p.width = tables.width, p.dtype = tables.dtype;
+    if (combine == "concat") p.combine = Combine::concat;
+    else if (combine == "sum") p.combine = Combine::sum;
+    else if (combine == "mean") p.combine = Combine::mean;
+    else if (combine == "product") p.combine = Combine::product;
+    else bad_value(op, "combine is '" + combine + "', expected concat, sum, mean or product");
+    if (weights) {
+      if (p.dtype == DType::f64) expect(*weights, op, "weights", {DType::f64}, 2);
+      else expect(*weights, op, "weights", {DType::f32, DType::f16, DType::bf16}, 2);
+      expect_shape(*weights, op, "weights", {p.codes.rows, count});
+      static const float nothing = 0;  // an empty array has no address
+      p.weights = weights->data ? weights->data : &nothing;
+      p.weights_dtype = weights->dtype;
+      p.weight_row_stride = weights->strides[0], p.weight_stride = weights->strides[1];
+    }
+    if (offsets) {
+      bags = lists::integers(*offsets, op, "offsets");
+      const int64_t rows = p.codes.rows;
+      if (bags.empty() ? rows != 0 : bags[0] != 0)
+        bad_value(op, "offsets " +
+                          (bags.empty() ? std::string("are empty")
+                                        : "begin with " + std::to_string(bags[0])) +
+                          ", expected 0 first");
+      for (size_t b = 0; b < bags.size(); ++b) {
+        const int64_t next = b + 1 < bags.size() ? bags[b + 1] : rows;
+        if (bags[b] > next)
+          bad_value(op, "offsets descend from " + std::to_string(bags[b]) + " to " +
+                            std::to_string(next) + ", expected rising ones up to " +
+                            std::to_string(rows) + " rows");
+      }
+      p.bag_count = static_cast<int64_t>(bags.size());
+      bags.push_back(rows);
+      p.bags = bags.data();
+    }
+  }
+
+  void run() {
+    tables.turn();
+    p.tables = tables.tables;
+  }
+};
+
+void bind_lookups(py::module_& m) {
+  m.def("pq_lookup",
+        [](const TensorView& codes, const py::sequence& codebooks, const Optional& weights,
+           const Optional& offsets, const std::string& combine, const TensorView& out) {
+          const char* op = "pq.lookup";
+          LookupArguments a(op, codes, codebooks, weights, offsets, combine);
+          expect_output(out, op, "out", a.p.dtype, {a.p.outputs(), a.p.out_width()});
+          Writes writes(op);
+          writes.input("codes", codes);
+          writes.input("weights", weights);
+          for (const ViewHolder& table : a.tables.holders()) writes.input("codebooks", table.view);
+          writes.output("out", out);
+          writes.finish();
+          py::gil_scoped_release release;
+          a.run();
+          lookup(a.p, out.data);
+        });
+  m.def("pq_lookup_backward",
+        [](const TensorView& d_out, const TensorView& codes, const py::sequence& codebooks,
+           const Optional& weights, const Optional& offsets, const std::string& combine,
+           const Optional& d_tables, const Optional& d_weights) {
+          const char* op = "pq.lookup";
+          LookupArguments a(op, codes, codebooks, weights, offsets, combine);
+          if (a.p.dtype == DType::f64) expect(d_out, op, "d_out", {DType::f64}, 2);
+          else expect(d_out, op, "d_out", {DType::f32, DType::f16, DType::bf16}, 2);
+          expect_shape(d_out, op, "d_out", {a.p.outputs(), a.p.out_width()});
+          if (d_out.shape[1] > 1 && d_out.strides[1] != 1)
+            bad_value(op, "d_out has columns apart, expected ones next to each other");
+          Writes writes(op);
+          writes.input("d_out", d_out);
+          writes.input("codes", codes);
+          writes.input("weights", weights);
+          for (const ViewHolder& table : a.tables.holders()) writes.input("codebooks", table.view);
+          LookupGradients g = {d_out.data, d_out.dtype, d_out.strides[0], nullptr, nullptr};
+          if (d_tables) {
+            expect_output(*d_tables, op, "d_tables", wide(a.p.dtype), {a.tables.rows, a.p.width});
+            writes.output("d_tables", *d_tables);
+            g.d_tables = d_tables->data;
+          }
+          if (d_weights) {
+            expect_output(*d_weights, op, "d_weights", wide(a.p.dtype),
+                          {a.p.codes.rows, a.p.codes.columns});
+            writes.output("d_weights", *d_weights);
+            g.d_weights = d_weights->data;
+          }
+          writes.finish();
+          py::gil_scoped_release release;
+          a.run();
+          lookup_backward(a.p, g);
+        });
+}
+
+// --- Sums of table entries
+// ------------------------------------------------------------------------
+
+void bind_table_sums(py::module_& m) {
+  m.def("pq_score_tables", [](const TensorView& queries, const TensorView& codebooks,
+                              const std::string& metric, const TensorView& tables) {
+    const char* op = "pq.adc";
+    expect(queries, op, "queries", {DType::f32, DType::f64}, 2);
+    expect(codebooks, op, "codebooks", {queries.dtype}, 3);
+    if (metric != "l2" && metric != "ip")
+      bad_value(op, "metric is '" + metric + "', expected l2 or ip");
+    ScoreTables p = {};
+    p.dtype = queries.dtype;
+    p.queries = queries.shape[0];
+    p.subspaces = codebooks.shape[0], p.levels = codebooks.shape[1], p.width = codebooks.shape[2];
+    expect_shape(queries, op, "queries", {p.queries, p.subspaces * p.width});
+    p.q = queries.data, p.q_row_stride = queries.strides[0], p.q_stride = queries.strides[1];
+    p.codebooks = codebooks.data;
+    for (int i = 0; i < 3; ++i) p.c_stride[i] = codebooks.strides[i];
+    p.inner_product = metric == "ip";
+    expect_output(tables, op, "tables", p.dtype, {p.queries, p.subspaces, p.levels});
+    Writes writes(op);
+    writes.input("queries", queries);
+    writes.input("codebooks", codebooks);
+    writes.output("tables", tables);
+    writes.finish();
+    py::gil_scoped_release release;
+    score_tables(p, tables.data);
+  });
+  m.def("pq_table_sum",
+        [](const TensorView& tables, const TensorView& view, const TensorView& out) {
+          const char* op = "pq.adc";
+          expect(tables, op, "tables", {DType::f32, DType::f64}, 3);
+          if (!is_contiguous(tables)) bad_value(op, "tables are not contiguous");
+          const Codes codes = codes_of(view, op, "codes", 2);
+          const int64_t queries = tables.shape[0], levels = tables.shape[2];
+          expect_shape(tables, op, "tables", {queries, codes.columns, levels});
+          if (levels > kMostTableRows) bad_value(op, "tables have too many levels");
+          expect_output(out, op, "out", tables.dtype, {queries, codes.rows});
+          Writes writes(op);
+          writes.input("tables", tables);
+          writes.input("codes", view);
+          writes.output("out", out);
+          writes.finish();
+          py::gil_scoped_release release;
+          table_sum(op, tables.data, tables.dtype, queries, levels, codes, out.data);
+        });
+  m.def("pq_table_sum_backward",
+        [](const TensorView& d_out, const TensorView& view, const TensorView& d_tables) {
+          const char* op = "pq.adc";
+          expect(d_out, op, "d_out", {DType::f32, DType::f64}, 2);
+          const Codes codes = codes_of(view, op, "codes", 2);
+          expect(d_tables, op, "d_tables", {d_out.dtype}, 3);
+          const int64_t queries = d_out.shape[0], levels = d_tables.shape[2];
+          expect_shape(d_out, op, "d_out", {queries, codes.rows});
+          if (levels > kMostTableRows) bad_value(op, "tables have too many levels");
+          expect_output(d_tables, op, "d_tables", d_out.dtype, {queries, codes.columns, levels});
+          Writes writes(op);
+          writes.input("d_out", d_out);
+          writes.input("codes", view);
+          writes.output("d_tables", d_tables);
+          writes.finish();
+          py::gil_scoped_release release;
+          table_sum_backward(op, d_out.data, d_out.dtype, d_out.strides[0], d_out.strides[1],
+                             queries, levels, codes, d_tables.data);
+        });
+}
+
+// --- Codes
+// ----------------------------------------------------------------------------------------
+
+int bits_of(int64_t nbits, const char* op) {
+  if (nbits < 1 || nbits > kMostBits)
+    bad_value(op,
+              "nbits is " + std::to_string(nbits) + ", expected 1 to " + std::to_string(kMostBits));
+  return static_cast<int>(nbits);
+}
+
+void check_sizes(const std::vector<int64_t>& sizes, int64_t most, const char* op) {
+  for (int64_t size : sizes)
+    if (size < 1 || size > most)
+      bad_value(op,
+                "sizes hold " + std::to_string(size) + ", expected 1 to " + std::to_string(most));
+}
+
+void bind_codes(py::module_& m) {
+  m.def("pq_pack_codes", [](const TensorView& view, int64_t nbits, const TensorView& packed) {
+    const char* op = "pq.pack_codes";
+    const Codes codes = codes_of(view, op, "codes", 2);
+    const int bits = bits_of(nbits, op);
+    expect_output(packed, op, "packed", DType::u8, {codes.rows, ceil_div(codes.columns * bits, 8)});
+    Writes writes(op);
+    writes.input("codes", view);
+    writes.output("packed", packed);
+    writes.finish();
+    py::gil_scoped_release release;
+    pack_codes(op, codes, bits, static_cast<uint8_t*>(packed.data));
+  });
+  m.def("pq_unpack_codes", [](const TensorView& packed, int64_t nbits, const TensorView& out) {
+    const char* op = "pq.unpack_codes";
+    expect(packed, op, "packed", {DType::u8}, 2);
+    const int bits = bits_of(nbits, op);
+    expect(out, op, "out", {bits <= 8 ? DType::u8 : DType::i32}, 2);
+    expect_output(out, op, "out", out.dtype, {packed.shape[0], out.shape[1]});
+    expect_shape(packed, op, "packed", {packed.shape[0], ceil_div(out.shape[1] * bits, 8)});
+    Writes writes(op);
+    writes.input("packed", packed);
+    writes.output("out", out);
+    writes.finish();
+    py::gil_scoped_release release;
+    unpack_codes(static_cast<const uint8_t*>(packed.data), packed.strides[0], packed.strides[1],
+                 packed.shape[0], out.shape[1], bits, out.data);
+  });
+  m.def("pq_hash_codes", [](const TensorView& view, const std::vector<uint64_t>& seeds,
+                            const std::vector<int64_t>& sizes, const TensorView& out) {
+    const char* op = "pq.hash_codes";
+    const Codes ids = codes_of(view, op, "ids", 1);
+    const int64_t count = static_cast<int64_t>(sizes.size());
+    if (seeds.size() != sizes.size())
+      bad_value(op,
+                std::to_string(seeds.size()) + " seeds but " + std::to_string(count) + " sizes");
+    check_sizes(sizes, kMostTableRows, op);
+    expect_output(out, op, "out", DType::i64, {ids.rows, count});
+    Writes writes(op);
+    writes.input("ids", view);
+    writes.output("out", out);
+    writes.finish();
+    py::gil_scoped_release release;
+    hash_codes(ids, seeds.data(), sizes.data(), count, static_cast<int64_t*>(out.data));
+  });
+  m.def("pq_digits",
+        [](const TensorView& view, const std::vector<int64_t>& sizes, const TensorView& out) {
+          const char* op = "pq.quotient_remainder";
+          const Codes ids = codes_of(view, op, "ids", 1);
+          const int64_t count = static_cast<int64_t>(sizes.size());
+          check_sizes(sizes, kMostTableRows, op);
+          expect_output(out, op, "out", DType::i64, {ids.rows, count});
+          Writes writes(op);
+          writes.input("ids", view);
+          writes.output("out", out);
+          writes.finish();
+          py::gil_scoped_release release;
+          digits(op, ids, sizes.data(), count, static_cast<int64_t*>(out.data));
+        });
+}
+
+}  // namespace
+
+void bind_pq_lookup(py::module_& m) {
+  bind_lookups(m);
+  bind_table_sums(m);
+  bind_codes(m);
+}
+
+}  // namespace pentad
