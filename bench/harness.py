@@ -49,6 +49,9 @@ TURN_SECONDS = 0.1
 QUIET_CORES = 0.15
 ATTEMPTS = 4
 
+# Relative difference of two qualities, such as shares of some thousand answers, that is chance.
+SAME = 0.01
+
 # What may bound a case: the unit of work that it limits.
 BOUNDS = {"float32": "flop", "bfloat16": "flop", "read": "bytes"}
 
@@ -63,7 +66,8 @@ class Contender:
     name
         As shown in the table.
     prepare
-        inputs -> call. Not timed. ImportError means that the contender is missing here.
+        inputs -> call. Not timed. ImportError means that the contender is missing here. A call may
+        have a method `quality`: what is told of its answers beside their time, as {"recall": 0.9}.
     check
         (inputs, result of the call) -> None, raising AssertionError where the result is wrong.
     once
@@ -82,10 +86,16 @@ class Target:
     """The subject must be at least `ratio` times as fast as the contender `against`.
 
     Of several contenders the fastest counts.
+
+    at_least, at_most
+        Names of qualities in which the subject must not be worse than that contender: larger ones
+        and smaller ones are better. Less than SAME of a difference is none.
     """
 
     against: str | tuple[str, ...]
     ratio: float
+    at_least: tuple[str, ...] = ()
+    at_most: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ class Outcome:
     detail: str = ""
     call: Call | None = None
     only: Round | None = None
+    quality: dict[str, float] | None = None
 
 
 def use_threads(count: int) -> None:
@@ -161,6 +172,8 @@ def admit(contender: Contender, inputs: Inputs) -> Outcome:
         seconds = time.perf_counter() - start
         foreign = max(foreign_cpu_seconds() - foreign_before, 0.0) / max(seconds, 1e-9)
         contender.check(inputs, result)
+        if hasattr(call, "quality"):
+            outcome.quality = call.quality()
     except ImportError as error:
         outcome.status, outcome.detail = "missing", str(error)
     except AssertionError as error:
@@ -268,6 +281,8 @@ def summarise(
     record: dict[str, Any] = {"name": outcome.name, "status": outcome.status}
     if outcome.detail:
         record["detail"] = outcome.detail
+    if outcome.quality:
+        record["quality"] = outcome.quality
     kept = [outcome.only] if outcome.only else quietest(done, count, outcome.name)
     if not kept:
         return record
@@ -308,7 +323,18 @@ def judge(target: Target | Limit, contenders: Sequence[dict[str, Any]]) -> dict[
         default=(None, names[0]),
     )
     met = None if measured is None else measured >= target.ratio
-    return {"against": against, "ratio": target.ratio, "measured": measured, "met": met}
+    result = {"against": against, "ratio": target.ratio, "measured": measured, "met": met}
+    if met is not None and (names := inferior(target, contenders, against)):
+        result |= {"met": False, "inferior": names}
+    return result
+
+
+def inferior(target: Target, contenders: Sequence[dict[str, Any]], against: str) -> list[str]:
+    """The qualities of the target in which the subject is worse than the peer."""
+    ours = contenders[0].get("quality", {})
+    theirs = next(record for record in contenders if record["name"] == against).get("quality", {})
+    less = [name for name in target.at_least if ours[name] < theirs[name] * (1 - SAME)]
+    return less + [name for name in target.at_most if ours[name] > theirs[name] * (1 + SAME)]
 
 
 def bound_rate(bound: str, machine: dict[str, Any]) -> float:
@@ -437,6 +463,8 @@ def out_of_reach(target: dict[str, Any]) -> bool:
 
 def format_target(target: dict[str, Any]) -> str:
     verdict = {True: "met", False: "NOT MET", None: "not measured"}[target["met"]]
+    if "inferior" in target:
+        verdict += f" (worse {', '.join(target['inferior'])})"
     if out_of_reach(target):
         verdict += f" (peak: {target['ceiling']:.2g}x)"
     if "seconds" in target:
@@ -449,19 +477,22 @@ def contender_row(record: dict[str, Any], target: dict[str, Any] | None) -> list
 
     A record of memory has bytes in the place of the time.
     """
+    name = record["name"]
+    if "quality" in record:
+        name += ": " + ", ".join(f"{key} {value:.3g}" for key, value in record["quality"].items())
     verdict = format_target(target) if target and target["against"] == record["name"] else ""
     ratio = record.get("ratio")
     times = "" if ratio is None else f"{ratio:.2f}x"
     if "extra_bytes" in record:
         size = format_bytes(record["extra_bytes"])
         spread = "computed" if record.get("computed") else "one run"
-        return [record["name"], size, spread, "", times, verdict]
+        return [name, size, spread, "", times, verdict]
     if "median_s" not in record:
-        return [record["name"], record["status"], "", "", "", ""]
+        return [name, record["status"], "", "", "", ""]
     unit, rate = next(iter(record["per_second"].items()))
     share = f" ({record['share']:.0%})" if "share" in record else ""
     return [
-        record["name"],
+        name,
         format_seconds(record["median_s"]),
         f"{record['spread']:.0%}" if len(record["seconds"]) > 1 else "one run",
         format_rate(unit, rate) + share,

@@ -35,7 +35,7 @@ def small_world(built, tmp_path, monkeypatch):
     """An empty cache, and a machine where only a few packages are installed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build = DocIndex.build
-    monkeypatch.setattr(DocIndex, "build", lambda packages, **more: build(["gzip"], **more))
+    monkeypatch.setattr(DocIndex, "build", lambda packages, **more: build(["gzip", "json"], **more))
     return tmp_path / "pentad" / "docs-lsa.pentad"
 
 
@@ -131,6 +131,8 @@ def test_a_terminal_gets_colours(built):
         (["search", "x", "-k", "ten"], 2, "-k: must be a number of at least 1, got 'ten'"),
         (["search", "x", "--rescore", "all"], 2, "--rescore: invalid choice: 'all'"),
         (["search", "x", "--encoder", "bert"], 2, "--encoder: invalid choice: 'bert'"),
+        (["search", "x", "--index", "tree"], 2, "--index: invalid choice: 'tree'"),
+        (["index", "--index", "hnsw"], 2, "--index: invalid choice: 'hnsw'"),
         (["search", "x", "--file", "missing.pentad"], 1, "there is no file missing.pentad"),
         (["search", "x", "--file", __file__], 1, "test_cli.py is not a pentad file"),
         (["index", "--package", "no-such"], 1, "no installed package is called 'no-such'"),
@@ -273,3 +275,38 @@ def test_the_installed_script_is_the_module():
     assert run("--version").stdout == f"pentad {pentad.__version__}\n"
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="pentad")
     assert script.load() is cli.main
+
+
+@pytest.mark.parametrize("kind", ["pq", "scalar", "rabitq"])
+def test_another_kind_of_index(kind, small_world, tmp_path, capsys):
+    """Built beside the binary one, once; and refused where the file holds another."""
+    assert cli.main(["search", "open a gzip file", "--index", kind]) == 0
+    path = small_world.with_name(f"docs-lsa-{kind}.pentad")
+    printed = capsys.readouterr()
+    assert f"No index yet: building {path}, once." in printed.err
+    assert "gzip.open" in printed.out
+    assert f"{kind} search" in printed.out
+    assert path.exists()
+    assert not small_world.exists()
+    assert cli.main(["search", "open a gzip file", "--index", kind, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "building" not in printed.err
+    assert json.loads(printed.out)["file"] == str(path)
+
+    out = tmp_path / "own.pentad"
+    assert cli.main(["index", "--index", kind, "--out", str(out)]) == 0
+    assert cli.main(["search", "open", "--file", str(out)]) == 0
+    capsys.readouterr()
+    assert cli.main(["search", "open", "--file", str(out), "--index", "binary"]) == 1
+    complaint = f"pentad search: {out} holds an index of kind '{kind}', not 'binary'\n"
+    assert capsys.readouterr().err == complaint
+    assert cli.main(["search", "open", "--file", str(out), "--rescore", "bits"]) == 1
+    complaint = f"rescore must be one of store, none for an index of kind '{kind}', got 'bits'"
+    assert complaint in capsys.readouterr().err
+
+
+def test_the_choices_are_the_kinds():
+    parser = cli._parser()
+    for command in (["index"], ["search", "x"]):
+        for kind in docsearch.INDEXES:
+            assert parser.parse_args([*command, "--index", kind]).index == kind

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pentad import FormatError, _file
+from pentad import FormatError, _file, docsearch
 from pentad.docsearch import DocIndex, LsaEncoder, MiniLmEncoder, corpus, engine, recall
 from pentad.docsearch.encoders import rotation, tfidf
 from pentad.docsearch.installed import PYTHON, fingerprint
@@ -467,3 +467,63 @@ def test_minilm_understands_what_is_not_said(library, tmp_path):
     assert "gzip.decompress" in [hit.passage.name for hit in hits]
     texts = [f"{passage.name}: {passage.text[:300]}" for passage in some[:3]]
     np.testing.assert_allclose(encoder.encode(texts), vectors[:3], atol=1e-4)
+
+
+# --- Kinds of index -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["pq", "scalar", "rabitq"])
+def other(request, library, fitted):
+    """The same passages in another kind of index."""
+    encoder, vectors = fitted
+    about = {"fingerprint": fingerprint(), "packages": [], "files": 0, "skipped": {}}
+    return DocIndex.of(library, encoder, vectors, about, request.param)
+
+
+def test_other_kinds_answer_and_are_stored(other, docs, fitted, library, tmp_path):
+    vectors = fitted[1]
+    questions = [passage.first_line for passage in library[::3]]
+    assert recall(other, vectors, questions, k=5) > 0.95
+    coded, store = (recall(other, vectors, questions, rescore=by) for by in ("none", "store"))
+    assert 0.4 < coded < store
+    path = tmp_path / "docs.pentad"
+    other.save(path)
+    loaded = DocIndex.load(path)
+    assert loaded.kind == other.kind != docs.kind == "binary"
+    assert type(loaded.index) is type(other.index) is not type(docs.index)
+    for rescore, stages in (("store", ["rescore"]), ("none", [])):
+        asked = other.search("open a gzip file", rescore=rescore)
+        assert loaded.search("open a gzip file", rescore=rescore).hits == asked.hits
+        assert list(asked.seconds) == ["encode", f"{other.kind} search", *stages]
+        scores = [hit.score for hit in asked.hits]
+        assert scores == sorted(scores, reverse=True)
+    with pytest.raises(ValueError, match=f"store, none for an index of kind '{other.kind}', got"):
+        other.search("open", rescore="bits")
+
+
+def test_files_without_a_kind_are_binary(docs, tmp_path):
+    path = tmp_path / "docs.pentad"
+    docs.save(path)
+    about, arrays = _file.read(path, engine.KIND)
+    del about["kind"]
+    _file.write(path, engine.KIND, about, arrays)
+    assert DocIndex.load(path).kind == "binary"
+    for kind in ("tree", 3, None, []):
+        _file.write(path, engine.KIND, {**about, "kind": kind}, arrays)
+        with pytest.raises(FormatError):
+            DocIndex.load(path)
+    _file.write(path, engine.KIND, {**about, "kind": "pq"}, arrays)
+    with pytest.raises(FormatError):
+        DocIndex.load(path)
+
+
+def test_kinds_that_cannot_be(library, fitted):
+    encoder, vectors = fitted
+    with pytest.raises(
+        ValueError, match="index must be one of binary, pq, scalar, rabitq, got 'x'"
+    ):
+        DocIndex.build(["json"], index="x")
+    with pytest.raises(ValueError, match="kind 'pq' needs 16 passages or more, got 5"):
+        DocIndex.of(library[:5], encoder, vectors[:5], {}, "pq")
+    assert docsearch.default_path("lsa", "pq").name == "docs-lsa-pq.pentad"
+    assert docsearch.default_path().name == "docs-lsa.pentad"

@@ -40,8 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _index(options: argparse.Namespace, started_up: float) -> int:
     from .docsearch import default_path
 
-    path = options.out or default_path(options.encoder)
-    _build(path, options.encoder, options.package)
+    index = options.index or "binary"
+    path = options.out or default_path(options.encoder, index)
+    _build(path, options.encoder, index, options.package)
     return 0
 
 
@@ -50,12 +51,14 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     from .docsearch import DocIndex, default_path, present
 
     imported = time.perf_counter()
-    path = options.file or default_path(options.encoder)
+    path = options.file or default_path(options.encoder, options.index or "binary")
     if options.file is None and not path.exists():
         print(f"No index yet: building {path}, once.", file=sys.stderr)
-        _build(path, options.encoder, ())
+        _build(path, options.encoder, options.index or "binary", ())
     opened = time.perf_counter()
     docs = DocIndex.load(path)
+    if options.index not in (None, docs.kind):
+        raise ValueError(f"{path} holds an index of kind '{docs.kind}', not '{options.index}'")
     loaded = time.perf_counter()
     question = " ".join(options.question)
     answer = docs.search(question, options.k, rescore=options.rescore, packages=options.package)
@@ -71,6 +74,7 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
         print(f"No passage has any word of: {question}", file=sys.stderr)
     if docs.stale:
         renew = ["pentad", "index", "--encoder", docs.about["encoder"]]
+        renew += ["--index", docs.kind] if docs.kind != "binary" else []
         for package in docs.about["packages"]:
             renew += ["--package", package]
         renew += ["--out", str(path)] if options.file else []
@@ -82,7 +86,7 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     return 0
 
 
-def _build(path: Path, encoder: str, packages) -> None:
+def _build(path: Path, encoder: str, index: str, packages) -> None:
     """Build an index and save it, with progress and a summary on standard error."""
     from .docsearch import DocIndex, default_path, present
 
@@ -93,7 +97,11 @@ def _build(path: Path, encoder: str, packages) -> None:
         raise OSError(f"{path} cannot be written")  # what cannot be saved need not be built
     with present.progress() as progress:
         docs = DocIndex.build(
-            packages, encoder=encoder, processes=len(os.sched_getaffinity(0)), progress=progress
+            packages,
+            encoder=encoder,
+            index=index,
+            processes=len(os.sched_getaffinity(0)),
+            progress=progress,
         )
         docs.save(path)
     skipped = "".join(f", {n} {reason}" for reason, n in docs.about["skipped"].items())
@@ -164,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         "--rescore",
         choices=("store", "bits", "none"),
         default="store",
-        help="score the candidates again with the int8 vectors, the codes, or not at all",
+        help="score the candidates again with the int8 vectors, binary codes, or not at all",
     )
     search.add_argument("--file", type=Path, help="an index made with `pentad index --out FILE`")
     search.add_argument("--json", action="store_true", help="one JSON object")
@@ -176,6 +184,11 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (index, search):
         command.add_argument("--encoder", choices=("lsa", "minilm"), default="lsa")
+        command.add_argument(
+            "--index",
+            choices=("binary", "pq", "scalar", "rabitq"),
+            help="the kind of index: binary unless told, or what --file holds",
+        )
         command.add_argument(
             "--package",
             action="append",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An index of documentation: passages, their encoder and a binary index, together in one file."""
+"""An index of documentation: passages, their encoder and an index, together in one file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from .. import _file
 from .._errors import FormatError
-from ..hamming import BinaryIndex
+from . import indexes
 from .encoders import ENCODERS, require
 from .installed import fingerprint
 from .passages import Passage, PassageTable, Progress
 
 KIND = "docsearch"
-RESCORE = {"store": "store", "bits": "bits", "none": None}
+RESCORE = indexes.modes("binary")  # of other kinds: without "bits"
 
 # Candidates rescored for each answer wanted. Recall@10 of "store" over 62,500 passages: 0.956 with
 # 4, 0.990 with 10, 0.997 with 20 ("bits" 0.79, "none" 0.69). Finding 10 takes 0.10 ms, finding and
@@ -28,7 +28,7 @@ OVERSAMPLE = 20
 
 
 class Hit(NamedTuple):
-    """One answer; a larger score is better, but where nothing is rescored it is a distance."""
+    """One answer; a larger score is better, but unrescored ones of "binary" are distances."""
 
     score: float
     passage: Passage
@@ -52,7 +52,7 @@ class DocIndex:
     'json.load'
     """
 
-    def __init__(self, passages: PassageTable, encoder, index: BinaryIndex, about: dict):
+    def __init__(self, passages: PassageTable, encoder, index, about: dict):
         self.passages, self.encoder, self.index, self.about = passages, encoder, index, about
 
     @classmethod
@@ -61,6 +61,7 @@ class DocIndex:
         packages: Sequence[str] = (),
         *,
         encoder: str = "lsa",
+        index: str = "binary",
         folders: list[str] | None = None,
         processes: int = 1,
         progress: Progress | None = None,
@@ -73,6 +74,8 @@ class DocIndex:
             Import paths or distributions to restrict to; empty for all.
         encoder : str
             ``"lsa"`` or ``"minilm"``.
+        index : str
+            Its kind: ``"binary"``, ``"pq"``, ``"scalar"`` or ``"rabitq"``.
         folders : list of str, optional
             Folders of distributions, in place of this interpreter's and its standard library.
         processes : int
@@ -87,12 +90,13 @@ class DocIndex:
         ModuleNotFoundError
             What the encoder needs is not installed.
         ValueError
-            An unknown encoder, or nothing to index.
+            An unknown encoder or kind of index, nothing to index, or too little to train it.
         """
         from . import corpus  # only here: its imports take 20 ms, a search without them 100
 
         if encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
+        indexes.check(index)
         require(ENCODERS[encoder])
         sources = corpus.sources(folders)
         if packages:
@@ -107,14 +111,26 @@ class DocIndex:
             "packages": list(packages),
             "fingerprint": fingerprint(folders),
         }
-        return cls.of(found.passages, fitted, vectors, about)
+        return cls.of(found.passages, fitted, vectors, about, index, progress)
 
     @classmethod
-    def of(cls, passages: list[Passage], encoder, vectors: np.ndarray, about: dict) -> DocIndex:
+    def of(
+        cls,
+        passages: list[Passage],
+        encoder,
+        vectors: np.ndarray,
+        about: dict,
+        index: str = "binary",
+        progress: Progress | None = None,
+    ) -> DocIndex:
         """Index ``passages`` by their encoder's ``vectors``, float32 (len(passages), dim)."""
-        index = BinaryIndex(encoder.dim, store="int8")
-        index.add(vectors)
-        return cls(PassageTable.of(passages), encoder, index, about)
+        made = indexes.make(index, vectors, progress)
+        return cls(PassageTable.of(passages), encoder, made, {**about, "kind": index})
+
+    @property
+    def kind(self) -> str:
+        """Of the index, such as "binary"."""
+        return self.about.get("kind", "binary")
 
     def search(
         self,
@@ -133,7 +149,8 @@ class DocIndex:
             At least 1.
         rescore : str
             What the candidates found by their codes are scored with again: ``"store"`` the int8
-            vectors, ``"bits"`` the codes against the float question, ``"none"`` nothing.
+            vectors, ``"none"`` nothing; for a binary index also ``"bits"``, the codes against the
+            float question.
         packages : sequence of str
             Import paths or distributions to search in; empty for all.
 
@@ -148,14 +165,16 @@ class DocIndex:
             raise ValueError("the question is empty")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        if rescore not in RESCORE:
-            raise ValueError(f"rescore must be one of {', '.join(RESCORE)}, got {rescore!r}")
+        modes = indexes.modes(self.kind)
+        if rescore not in modes:
+            where = "" if self.kind == "binary" else f" for an index of kind {self.kind!r}"
+            raise ValueError(f"rescore must be one of {', '.join(modes)}{where}, got {rescore!r}")
         start = time.perf_counter()
         query = self.encoder.encode([question])
         encoded = time.perf_counter()
         if not query.any():  # not one known word
             return Answer([], {"encode": encoded - start})
-        mode = RESCORE[rescore]
+        mode = modes[rescore]
         k = min(k, len(self.passages))
         found = self.index.search(
             query,
@@ -173,7 +192,7 @@ class DocIndex:
             ]
         except IndexError as error:
             raise FormatError("the index names passages that it does not hold") from error
-        seconds = {"encode": encoded - start, "binary search": searched - encoded}
+        seconds = {"encode": encoded - start, f"{self.kind} search": searched - encoded}
         if mode is not None:
             seconds["rescore"] = time.perf_counter() - searched
         return Answer(hits, seconds)
@@ -218,16 +237,18 @@ class DocIndex:
                 part, _, section = name.partition("/")
                 parts[part][section] = array
             encoder = ENCODERS[about["encoder"]].from_sections(parts["encoder"])
-            index = BinaryIndex.from_sections(about["index"], parts["index"])
+            kind = about.get("kind", "binary")
+            index = indexes.from_sections(kind, about["index"], parts["index"])
             return cls(PassageTable(parts["passages"]), encoder, index, about)
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"{path} is malformed: {error!r}") from error
 
 
-def default_path(encoder: str = "lsa") -> Path:
+def default_path(encoder: str = "lsa", index: str = "binary") -> Path:
     """Where the index of everything installed is kept: the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "pentad" / f"docs-{encoder}.pentad"
+    name = encoder if index == "binary" else f"{encoder}-{index}"
+    return Path(cache) / "pentad" / f"docs-{name}.pentad"
 
 
 def recall(
@@ -244,6 +265,8 @@ def recall(
     """
     queries = docs.encoder.encode(questions)
     k = min(k, len(vectors))
-    found = docs.index.search(queries, k, rescore=RESCORE[rescore], oversample=OVERSAMPLE).ids
+    found = docs.index.search(
+        queries, k, rescore=indexes.modes(docs.kind)[rescore], oversample=OVERSAMPLE
+    ).ids
     best = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :k]
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found, best, strict=True)]))
