@@ -196,6 +196,7 @@ def test_an_untrained_index_says_so(cls, tmp_path):
             lambda i: i.add(V),
             lambda i: i.add(V[:0]),
             lambda i: i.update([], V[:0]),
+            lambda i: i.rescore(V, np.zeros((len(V), 1), np.int64)),
         ):
             with pytest.raises(ValueError, match=r"not trained; call train\(\) first"):
                 call(made)

@@ -275,6 +275,7 @@ class Index:
     def _rescore(self, queries, ids, by) -> SearchResult:
         view = self._view()
         op = view._op("rescore")
+        view._ready("rescore")
         check_choice(op, "by", by, view._by)
         if by == "store" and view.store is None:
             raise ValueError(f"[{op}] by='store' but the index was made with store=None")
