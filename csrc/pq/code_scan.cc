@@ -31,11 +31,18 @@ const CodeScanKernels& code_scan_kernels() {
 namespace {
 
 constexpr int64_t kChunkBytes = 128 << 10;  // of blocks: half of a small L2 cache
+constexpr int64_t kTurnedBytes = 1 << 20;   // where tables are turned for each chunk
 constexpr int64_t kQueryGroup = 256;        // queries that share one pass over the codes
 constexpr int64_t kRangesGroup = 4;         // queries of one task, where each visits its own rows
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 const CodeScanKernels& kernels() { return code_scan_kernels(); }
+
+// Whether bound8 turns tables, which pays over more codes than a chunk of others has.
+bool takes_lanes(const Layout& layout, int64_t used, int64_t queries) {
+  constexpr int64_t kMost = 256;  // subspaces: 4 MiB of tables at most
+  return layout.nbits == 8 && kernels().lanes8 && used <= kMost && queries * 8 >= kernels().lanes8;
+}
 
 int64_t padded(int64_t subspaces) { return ceil_div(subspaces, int64_t{8}) * 8; }
 
@@ -109,7 +116,9 @@ class Scanner {
         layout_(database.blocks.layout),
         used_(used),
         queries_(queries),
-        pass_stride_(std::max<int64_t>(1, kChunkBytes / layout_.block_bytes())),
+        pass_stride_(std::max<int64_t>(
+            1, (takes_lanes(layout_, used, queries) ? kTurnedBytes : kChunkBytes) /
+                   layout_.block_bytes())),
         bytes_(aligned_buffer<uint8_t>(queries * padded(used) * layout_.entries())),
         pass_(aligned_buffer<uint64_t>(queries * pass_stride_)),
         limits_(queries),
@@ -120,6 +129,8 @@ class Scanner {
     std::fill_n(bytes_.get(), queries * padded(used) * layout_.entries(), uint8_t{0});
     if (layout_.nbits == 4 && kernels().saturates4)
       scratch_ = aligned_buffer<uint8_t>(kScratchBlocks * padded(used) * kBlockRows);
+    if (takes_lanes(layout_, used, queries))
+      scratch_ = aligned_buffer<uint8_t>(used * layout_.entries() * kernels().lanes8);
     for (int64_t q = 0; q < queries; ++q) {
       queries_[q].bytes = bytes_.get() + q * padded(used) * layout_.entries();
       queries_[q].least.resize(used);

@@ -33,7 +33,8 @@ struct BoundJob {
   const float* step;   // per query, with factors
   const float* base;
   const float* most;
-  uint8_t* scratch;  // kScratchBlocks * padded used * 64 bytes, for 4 bits
+  // For 4 bits kScratchBlocks * padded used * 64 bytes, for 8 bits used * 256 * lanes8, or null.
+  uint8_t* scratch;
   uint64_t* pass;
   int64_t pass_stride;
 };
@@ -52,6 +53,7 @@ struct CostJob {
 
 struct CodeScanKernels {
   bool saturates4;  // whether bound4 cuts runs off
+  int lanes8;       // queries that bound8 takes side by side, for which it needs scratch; or 0
   void (*bound4)(const BoundJob&);
   void (*bound6)(const BoundJob&);
   void (*bound8)(const BoundJob&);

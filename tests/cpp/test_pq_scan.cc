@@ -35,7 +35,7 @@ struct Case {
 
   Case() {
     layout = {static_cast<int>(draw({4, 6, 8})), draw({1, 3, 7, 8, 16, 17, 33, 64})};
-    n = draw({1, 63, 64, 65, 700, 3001}), nq = draw({1, 2, 5, 9});
+    n = draw({1, 63, 64, 65, 700, 6001}), nq = draw({1, 2, 5, 9, 70});
     used = chance(0.7) ? layout.subspaces : 1 + layout.subspaces / 2;
     std::uniform_int_distribution<int> code(0, static_cast<int>(layout.entries()) - 1);
     for (int64_t i = 0; i < n * layout.subspaces; ++i)
