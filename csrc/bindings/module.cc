@@ -6,10 +6,10 @@ void bind_common(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
 void bind_hamming(pybind11::module_& m);
 void bind_matrix_scan(pybind11::module_& m);
-void bind_pq_scan(pybind11::module_& m);
-void bind_pq_product_keys(pybind11::module_& m);
-void bind_pq_lookup(pybind11::module_& m);
 void bind_pq_assign(pybind11::module_& m);
+void bind_pq_lookup(pybind11::module_& m);
+void bind_pq_product_keys(pybind11::module_& m);
+void bind_pq_scan(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
 void bind_scan2d(pybind11::module_& m);
 }  // namespace pentad
@@ -21,10 +21,10 @@ PYBIND11_MODULE(_C, m) {
   pentad::bind_attention(m);
   pentad::bind_hamming(m);
   pentad::bind_matrix_scan(m);
-  pentad::bind_pq_scan(m);
-  pentad::bind_pq_product_keys(m);
-  pentad::bind_pq_lookup(m);
   pentad::bind_pq_assign(m);
+  pentad::bind_pq_lookup(m);
+  pentad::bind_pq_product_keys(m);
+  pentad::bind_pq_scan(m);
   pentad::bind_scan(m);
   pentad::bind_scan2d(m);
 }

@@ -259,4 +259,9 @@ void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task) {
   if (region.error) std::rethrow_exception(region.error);
 }
 
+void parallel_for_if(bool worth, int64_t tasks, const std::function<void(int64_t)>& task) {
+  if (worth) return parallel_for(tasks, task);
+  for (int64_t i = 0; i < tasks; ++i) task(i);
+}
+
 }  // namespace pentad

@@ -27,4 +27,8 @@ const char* thread_runtime();
 // a task throws is rethrown here when all have ended. Nested calls run serially.
 void parallel_for(int64_t tasks, const std::function<void(int64_t)>& task);
 
+// As above where the work is `worth` threads, else a plain loop: a parallel region takes as long as
+// a small call.
+void parallel_for_if(bool worth, int64_t tasks, const std::function<void(int64_t)>& task);
+
 }  // namespace pentad

@@ -140,9 +140,7 @@ void best_of(const float* scores, const int64_t* ids, int64_t queries, int64_t c
     }
   };
   constexpr int64_t kSerialWork = 1 << 14;  // candidates below which threads do not pay
-  const int64_t tasks = (queries + kStep - 1) / kStep;
-  if (queries * candidates >= kSerialWork) return parallel_for(tasks, task);
-  for (int64_t t = 0; t < tasks; ++t) task(t);
+  parallel_for_if(queries * candidates >= kSerialWork, (queries + kStep - 1) / kStep, task);
 }
 
 uint32_t key_from_float(float value) {

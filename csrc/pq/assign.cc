@@ -33,8 +33,7 @@ constexpr int64_t kTaskWork = int64_t{4} << 20;  // multiply-adds
 constexpr int64_t kSerialWork = int64_t{1} << 19;
 
 void run_tasks(int64_t tasks, int64_t work, const std::function<void(int64_t)>& task) {
-  if (work > kSerialWork) return parallel_for(tasks, task);
-  for (int64_t i = 0; i < tasks; ++i) task(i);
+  parallel_for_if(work > kSerialWork, tasks, task);
 }
 
 const AssignKernels& kernels() {

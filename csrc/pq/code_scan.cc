@@ -383,8 +383,7 @@ double work_of(const Queries& queries, const Database& database, const Ranges* r
 
 // With threads where there is work for them: a parallel region costs as much as 10^4 rows.
 void for_tasks(double work, int64_t tasks, const std::function<void(int64_t)>& task) {
-  if (work >= kSerialWork) return parallel_for(tasks, task);
-  for (int64_t i = 0; i < tasks; ++i) task(i);
+  parallel_for_if(work >= kSerialWork, tasks, task);
 }
 
 // Searches everything; found[slice * nq + q] holds what each slice of the rows gives query q.

@@ -47,8 +47,7 @@ constexpr int64_t kLeastColumns = 16;        // of a piece of a table's columns:
 const LookupKernels& kernels() { return lookup_kernels(); }
 
 void for_tasks(int64_t bytes, int64_t tasks, const std::function<void(int64_t)>& task) {
-  if (bytes > kSerialBytes) return parallel_for(tasks, task);
-  for (int64_t i = 0; i < tasks; ++i) task(i);
+  parallel_for_if(bytes > kSerialBytes, tasks, task);
 }
 
 // What a driver keeps beside the problem.

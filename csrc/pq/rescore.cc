@@ -46,9 +46,7 @@ void rescore(const Matrix<const float>& x, const Stored& stored, const int64_t* 
     }
   };
   constexpr int64_t kSerialWork = 1 << 16;  // products below which threads do not pay
-  const int64_t tasks = ceil_div(all, kStep);
-  if (all * cols >= kSerialWork) return parallel_for(tasks, task);
-  for (int64_t t = 0; t < tasks; ++t) task(t);
+  parallel_for_if(all * cols >= kSerialWork, ceil_div(all, kStep), task);
 }
 
 }  // namespace pentad::pq

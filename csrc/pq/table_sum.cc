@@ -20,8 +20,7 @@ constexpr int64_t kRows = 2048;  // of codes in a piece
 constexpr int64_t kSerialCodes = 1 << 15;
 
 void for_tasks(int64_t codes, int64_t tasks, const std::function<void(int64_t)>& task) {
-  if (codes > kSerialCodes) return parallel_for(tasks, task);
-  for (int64_t i = 0; i < tasks; ++i) task(i);
+  parallel_for_if(codes > kSerialCodes, tasks, task);
 }
 
 // The codes as they are where that is contiguous bytes or int32, else copied; all within the
