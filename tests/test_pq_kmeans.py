@@ -80,8 +80,8 @@ def test_steps_one_by_one_are_the_same_steps(rng):
     got = pq.kmeans(x, 20, progress=lambda *args: seen.append(args))
     for a, b in zip(got[:3], pq.kmeans(x, 20)[:3], strict=True):
         assert_same(a, b)
-    assert seen[0] == ("k-means", 0, 25)
-    assert seen[-1] == ("k-means", 25, 25)
+    assert seen[0] == ("k-means", 0, 10)
+    assert seen[-1] == ("k-means", 10, 10)
 
 
 @pytest.mark.parametrize("kind", ["gauss", "blobs", "skewed"])
@@ -96,8 +96,47 @@ def test_no_worse_than_faiss(rng, kind, k, dim):
     }[kind]().astype(np.float32)
     peer = faiss.Kmeans(dim, k, niter=25, max_points_per_centroid=10**9, seed=1)
     peer.train(x)
-    got = pq.kmeans(x, k)
-    assert objective(x, got.centroids) <= 1.01 * objective(x, peer.centroids)
+    for iterations in (10, 25):
+        got = pq.kmeans(x, k, iterations=iterations)
+        assert objective(x, got.centroids) <= 1.01 * objective(x, peer.centroids)
+
+
+def lloyd(x, centroids, iterations):
+    """Plain iterations, which the acceleration is to beat."""
+    for _ in range(iterations):
+        codes = pq.assign(x, centroids[None])[:, 0]
+        centroids = np.stack([x[codes == k].mean(0) for k in range(len(centroids))])
+    return centroids
+
+
+@pytest.mark.parametrize("dim", [4, 16])
+def test_ten_iterations_come_as_far_as_25_plain_ones(rng, dim):
+    x = rng.standard_normal((20_000, dim)).astype(np.float32)
+    start = pq.kmeans(x, 128, iterations=0).centroids
+    got = [pq.kmeans(x, 128, iterations=i).objective for i in range(1, 26)]
+    assert got[0] == pytest.approx(objective(x, lloyd(x, start, 1)), rel=1e-6)
+    assert got[9] < objective(x, lloyd(x, start, 25))
+    # Another number of iterations ends on the means one step earlier: the path is the same.
+    assert (np.diff(got) <= 1e-3 * got[-1]).all()
+
+
+def test_momentum_settles_where_nothing_changes(rng):
+    """The end is a fixed point of Lloyd's iteration, by single steps and by many."""
+    x = blobs(rng, 600, 20, 3, 0.3)
+    x = x.astype(np.float32)
+    got = pq.kmeans(x, 12, iterations=300)
+    codes = pq.assign(x, got.centroids[None])[:, 0]
+    means = [x[codes == k].mean(0, dtype=np.float64) for k in range(12)]
+    np.testing.assert_array_equal(got.centroids, np.float32(means))
+    told = pq.kmeans(x, 12, iterations=300, progress=lambda *_: None)
+    np.testing.assert_array_equal(got.centroids, told.centroids)
+
+
+def test_momentum_does_not_leave_the_range_of_floats():
+    """A step beyond the means would overflow."""
+    x = np.float32([[-3e38], [3e38], [-2.5e38], [3.2e38], [0]])
+    got = pq.kmeans(x, 3, iterations=20)
+    assert np.isfinite(got.centroids).all()
 
 
 def test_separate_blobs_are_all_found(rng):
@@ -226,6 +265,9 @@ def test_the_extension_refuses_what_would_harm_memory(rng):
         (x, "l2", 1, np.zeros((2, 11, 3), np.float32), codes),
         (x.astype(np.float64), "l2", 1, centroids, codes),
         (x, "l2", 1, centroids, codes.astype(np.int64)),
+        (x, "l2", 1, centroids, codes, centroids[:1]),
+        (x, "l2", 1, centroids, codes, centroids.astype(np.float64)),
+        (x, "ip", 1, centroids, codes, centroids.copy()),
     ):
         with pytest.raises((ValueError, TypeError)):
             _C.pq_kmeans_steps(*bad)

