@@ -59,6 +59,8 @@ struct Book {
   double cost(const float* x, int64_t k) const {
     return nearest_cost(x, raw.data() + k * dim, dim, metric, norms.empty() ? 0 : norms[k]);
   }
+  // The costs of all found, several at a time, as each is a chain of additions.
+  void cost_all(const float* x, std::vector<std::pair<double, int64_t>>& found) const;
   // E of assign.h, doubled; infinity where float32 might overflow.
   double doubt(float squares) const;
   // The same for products of bf16 where a row lost `lost`; at least doubt(squares).
@@ -126,6 +128,23 @@ Book::Book(const Array3& codebooks, int64_t m, Nearest metric, const AssignKerne
   }
 }
 
+void Book::cost_all(const float* x, std::vector<std::pair<double, int64_t>>& found) const {
+  constexpr size_t kStep = 8;
+  size_t i = 0;
+  for (; i + kStep <= found.size(); i += kStep) {
+    const float* c[kStep];
+    double norm[kStep], cost[kStep];
+    for (size_t s = 0; s < kStep; ++s) {
+      const int64_t k = found[i + s].second;
+      c[s] = raw.data() + k * dim;
+      norm[s] = norms.empty() ? 0 : norms[k];
+    }
+    nearest_costs(x, c, dim, metric, norm, cost);
+    for (size_t s = 0; s < kStep; ++s) found[i + s].first = cost[s];
+  }
+  for (; i < found.size(); ++i) found[i].first = this->cost(x, found[i].second);
+}
+
 double norm_bound(float squares, int64_t dim) {
   // The sum of squares has dim roundings of its own, and may have lost terms to underflow.
   const double d = static_cast<double>(dim);
@@ -166,6 +185,22 @@ void Book::round(const AssignKernels& kernel) {
 double Book::rough_doubt(float squares, float lost) const {
   const double x = norm_bound(squares, dim), gone = norm_bound(lost, dim);
   return 1.0625 * doubt(squares) + 2.0625 * (gone * longest + (x + gone) * most_lost);
+}
+
+// A value that at least `top` of the scores reach, and few more. By bisection, as a vector counts
+// faster than a selection moves.
+float largest_least(const float* scores, int64_t count, int64_t top) {
+  const auto [least, most] = std::minmax_element(scores, scores + count);
+  if (top == 1) return *most;
+  float low = *least, high = *most;
+  for (int step = 0; step < 24; ++step) {
+    const float middle = low / 2 + high / 2;
+    int32_t reach = 0;
+    for (int64_t k = 0; k < count; ++k) reach += scores[k] >= middle;
+    (reach >= top ? low : high) = middle;
+    if (reach >= top && reach <= top + top / 8 + 2) break;
+  }
+  return low;
 }
 
 // A float below score - doubt.
@@ -343,19 +378,18 @@ std::vector<std::pair<double, int64_t>> Tiles::candidates(const Book& book, int 
   std::vector<std::pair<double, int64_t>> found;
   if (doubt < std::numeric_limits<double>::infinity()) {
     kernel_.row_scores(book.packed(), centred_.get() + r * book.padded, scores);
-    if (top == 1) {
-      least = *std::max_element(scores, scores + book.centroids);
-    } else {
-      std::vector<float> order(scores, scores + book.centroids);
-      std::nth_element(order.begin(), order.begin() + (top - 1), order.end(), std::greater<>());
-      least = order[top - 1];
-    }
-    least = least_score(least, doubt);
+    least = least_score(largest_least(scores, book.centroids, top), doubt);
   } else {
     std::fill_n(scores, book.centroids, 0.0f);
   }
-  for (int64_t k = 0; k < book.centroids; ++k)
-    if (scores[k] >= least) found.push_back({book.cost(raw_.get() + r * book.padded, k), k});
+  found.resize(book.centroids);
+  size_t count = 0;
+  for (int64_t k = 0; k < book.centroids; ++k) {
+    found[count].second = k;
+    count += scores[k] >= least;
+  }
+  found.resize(count);
+  book.cost_all(raw_.get() + r * book.padded, found);
   if (top == 1) std::swap(found[0], *std::min_element(found.begin(), found.end()));
   else std::partial_sort(found.begin(), found.begin() + top, found.end());
   return found;

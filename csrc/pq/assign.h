@@ -68,6 +68,9 @@ Verdict assign_reference(const Array3& x, const Array3& codebooks, Nearest, cons
 
 // The cost D of float32 rows. `norm` is |c|, for cosine.
 double nearest_cost(const float* x, const float* c, int64_t dim, Nearest, double norm);
+// Those to eight centroids at a time, each with the bits of nearest_cost.
+void nearest_costs(const float* x, const float* const* c, int64_t dim, Nearest, const double* norm,
+                   double* cost);
 double centroid_norm(const float* c, int64_t dim);
 
 }  // namespace pentad::pq

@@ -13,19 +13,33 @@
 namespace pentad::pq {
 namespace {
 
+template <int kCount, class T>
+void costs_of(const T* x, const T* const* c, int64_t dim, Nearest metric, const double* norm,
+              double* cost) {
+  double sum[kCount] = {};
+  if (metric == Nearest::l2) {
+    for (int64_t j = 0; j < dim; ++j)
+      for (int i = 0; i < kCount; ++i) {
+        const double difference = static_cast<double>(x[j]) - static_cast<double>(c[i][j]);
+        sum[i] += difference * difference;
+      }
+    std::copy_n(sum, kCount, cost);
+    return;
+  }
+  for (int64_t j = 0; j < dim; ++j)
+    for (int i = 0; i < kCount; ++i)
+      sum[i] += static_cast<double>(x[j]) * static_cast<double>(c[i][j]);
+  for (int i = 0; i < kCount; ++i) {
+    if (metric == Nearest::ip) cost[i] = -sum[i];
+    else cost[i] = norm[i] > 0 ? -(sum[i] / norm[i]) : 0;
+  }
+}
+
 template <class T>
 double cost_of(const T* x, const T* c, int64_t dim, Nearest metric, double norm) {
-  double sum = 0;
-  if (metric == Nearest::l2) {
-    for (int64_t j = 0; j < dim; ++j) {
-      const double difference = static_cast<double>(x[j]) - static_cast<double>(c[j]);
-      sum += difference * difference;
-    }
-    return sum;
-  }
-  for (int64_t j = 0; j < dim; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(c[j]);
-  if (metric == Nearest::ip) return -sum;
-  return norm > 0 ? -(sum / norm) : 0;
+  double cost;
+  costs_of<1>(x, &c, dim, metric, &norm, &cost);
+  return cost;
 }
 
 template <class T>
@@ -50,6 +64,11 @@ bool read_row(const Array3& array, int64_t i, int64_t m, double* row) {
 
 double nearest_cost(const float* x, const float* c, int64_t dim, Nearest metric, double norm) {
   return cost_of(x, c, dim, metric, norm);
+}
+
+void nearest_costs(const float* x, const float* const* c, int64_t dim, Nearest metric,
+                   const double* norm, double* cost) {
+  costs_of<8>(x, c, dim, metric, norm, cost);
 }
 
 double centroid_norm(const float* c, int64_t dim) { return norm_of(c, dim); }

@@ -33,6 +33,8 @@ namespace {
 constexpr int64_t kChunkBytes = 128 << 10;  // of blocks: half of a small L2 cache
 constexpr int64_t kTurnedBytes = 1 << 20;   // where tables are turned for each chunk
 constexpr int64_t kQueryGroup = 256;        // queries that share one pass over the codes
+constexpr int64_t kMostBounded = 256;       // subspaces whose sums of bytes stay below 2^16
+constexpr int64_t kSumBlocks = 32;          // whose sums are kept
 constexpr int64_t kRangesGroup = 4;         // queries of one task, where each visits its own rows
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -108,6 +110,59 @@ struct Query {
   uint8_t* bytes = nullptr;  // [padded used][K]
 };
 
+constexpr uint32_t kMostBound = 65535;  // of a cost that may be as high or higher
+
+// Rows by the integer bounds of their costs.
+struct Bounded {
+  std::vector<uint16_t> bound;
+  std::vector<int64_t> row, range;
+  int64_t size = 0;
+
+  void clear() { size = 0; }
+  void reserve(int64_t count) {
+    if (count <= static_cast<int64_t>(bound.size())) return;
+    bound.resize(count), row.resize(count), range.resize(count);
+  }
+  void push(uint32_t b, int64_t r, int64_t i) {
+    bound[size] = static_cast<uint16_t>(b), row[size] = r, range[size++] = i;
+  }
+
+  // Drops what lies more than `margin` above the k-th bound; the largest bound that stays.
+  uint32_t cut(int64_t k, double margin) {
+    if (size <= k) return kMostBound;
+    // By bisection: a vector counts faster than a selection moves, 0.2 us for 400 bounds.
+    uint32_t low = 0, high = kMostBound;  // the k-th is in [low, high]
+    while (low < high) {
+      const uint32_t middle = (low + high) / 2;
+      if (count_up_to(static_cast<uint16_t>(middle)) >= k) high = middle;
+      else low = middle + 1;
+    }
+    if (low == kMostBound) return low;
+    const auto limit = static_cast<uint32_t>(std::min<double>(low + margin, kMostBound));
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      bound[kept] = bound[i], row[kept] = row[i], range[kept] = range[i];
+      kept += bound[i] <= limit;
+    }
+    size = kept;
+    return limit;
+  }
+
+ private:
+  int64_t count_up_to(uint16_t most) const {
+    constexpr int64_t kStep = 1 << 14;  // that a count of 16 bits holds
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i += kStep) {
+      uint16_t part = 0;
+      const uint16_t* b = bound.data() + i;
+      const int64_t n = std::min(kStep, size - i);
+      for (int64_t j = 0; j < n; ++j) part = static_cast<uint16_t>(part + (b[j] <= most));
+      count += part;
+    }
+    return count;
+  }
+};
+
 // Bounds and exact costs of rows, for a group of queries that share the rows.
 class Scanner {
  public:
@@ -151,6 +206,65 @@ class Scanner {
                       : std::numeric_limits<double>::infinity();
   }
 
+  // Whether scan_ranges can serve the ranges of a query with this table, and of these offsets.
+  bool bounds_all(const float* table, float largest_offset) {
+    if (database_.bias || used_ > kMostBounded) return false;
+    set(0, table, largest_offset, nullptr);
+    const Query& query = queries_[0];
+    return query.error < std::numeric_limits<double>::infinity();
+  }
+
+  // Offers the rows of `count` ranges to one query whose table is set. All bounds come first, in
+  // units of one fixed step: a row's cost is at least `base + least + step * bound` and less than
+  // `used + 2` steps above, so the k-th bound says which rows may be among the k best, and only
+  // those, k and a third in a typical search, are settled.
+  //
+  // 256 queries, each 32 lists of 250 rows of M 32 4 bits, k 80, one thread: 6.3 ms where limits
+  // follow the settled costs from list to list, 4.3 ms so. (A selection by nth_element instead of
+  // counting: 6.7 ms.)
+  void scan_ranges(const int64_t* begin, const int64_t* end, const float* offset, int64_t count,
+                   int64_t k, const std::vector<uint64_t>& live, Found* found) {
+    Query& query = queries_[0];
+    float least = kInfinity;
+    for (int64_t i = 0; i < count; ++i)
+      if (end[i] > begin[i]) least = std::min(least, offset ? offset[i] : 0.0f);
+    const bool saturates = layout_.nbits != 4 || kernels().saturates4;
+    quantize(query, (saturates ? query.group_span : query.span) / 255);
+    const double margin = static_cast<double>(used_) + 3 + std::ceil(2 * query.error / query.step);
+    uint32_t limit = kMostBound;
+    int64_t capacity = k + 128;
+    bounded_.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      const double above = (offset ? static_cast<double>(offset[i]) - least : 0) / query.step;
+      if (end[i] == begin[i] || !(above <= limit)) continue;
+      const auto from = static_cast<uint32_t>(above);
+      for (int64_t b = begin[i] / kBlockRows; b * kBlockRows < end[i] && from <= limit;) {
+        const int64_t step = std::min(kSumBlocks, pass_stride_);
+        const int64_t stop = std::min(b + step, ceil_div(end[i], kBlockRows));
+        limits_[0] = limit == kMostBound ? limit : limit - from;
+        bound(b, stop, live, sums_);
+        bounded_.reserve(capacity + kSumBlocks * kBlockRows);
+        for (int64_t at = b; at < stop; ++at) {
+          uint64_t bits = pass_[at - b];
+          if (!live.empty()) bits &= live[at];
+          if (const int64_t left = end[i] - at * kBlockRows; left < kBlockRows)
+            bits &= (uint64_t{1} << left) - 1;
+          const uint16_t* sums = sums_ + (at - b) * kBlockRows;
+          for (; bits; bits &= bits - 1) {
+            const int r = __builtin_ctzll(bits);
+            bounded_.push(std::min(sums[r] + from, kMostBound), at * kBlockRows + r, i);
+          }
+        }
+        b = stop;
+        if (bounded_.size < capacity) continue;
+        limit = bounded_.cut(k, margin);
+        capacity = std::max(capacity, bounded_.size + 128);
+      }
+    }
+    bounded_.cut(k, margin);
+    settle_bounded(offset, found);
+  }
+
   // Offers the rows [first, last) of the database to all queries; first is a multiple of 64.
   void scan(int64_t first, int64_t last, const std::vector<uint64_t>& live) {
     // Of blocks: small while the limits fall fast.
@@ -183,6 +297,15 @@ class Scanner {
     }
   }
 
+  void settle_bounded(const float* offset, Found* found) {
+    queries_[0].found = found;
+    rows_.assign(bounded_.row.begin(), bounded_.row.begin() + bounded_.size);
+    starts_.resize(rows_.size());
+    for (int64_t i = 0; i < bounded_.size; ++i)
+      starts_[i] = offset ? offset[bounded_.range[i]] : 0.0f;
+    settle(queries_[0]);
+  }
+
   void chunk(int64_t begin, int64_t end, int64_t last, const std::vector<uint64_t>& live) {
     bool any_limited = false;
     for (int64_t q = 0; q < static_cast<int64_t>(queries_.size()); ++q) {
@@ -203,6 +326,7 @@ class Scanner {
           bits &= (uint64_t{1} << left) - 1;
         for (; bits; bits &= bits - 1) rows_.push_back(b * kBlockRows + __builtin_ctzll(bits));
       }
+      starts_.assign(rows_.size(), queries_[q].offset);
       settle(queries_[q]);
     }
   }
@@ -245,7 +369,8 @@ class Scanner {
                          query.bytes + m * entries);
   }
 
-  void bound(int64_t begin, int64_t end, const std::vector<uint64_t>& live) {
+  void bound(int64_t begin, int64_t end, const std::vector<uint64_t>& live,
+             uint16_t* sums = nullptr) {
     BoundJob job{};
     job.block_bytes = layout_.block_bytes();
     job.used = used_;
@@ -269,6 +394,7 @@ class Scanner {
         job.scale = factors(database_.scale, b, b == full, last_scale_);
         job.bias = factors(database_.bias, b, b == full, last_bias_);
         job.pass = pass_.get() + (b - begin);
+        job.sums = sums ? sums + (b - begin) * kBlockRows : nullptr;
         if (layout_.nbits == 4) kernels().bound4(job);
         else if (layout_.nbits == 6) kernels().bound6(job);
         else kernels().bound8(job);
@@ -285,12 +411,13 @@ class Scanner {
     return copy;
   }
 
+  // Offers rows_, whose sums begin at starts_.
   void settle(Query& query) {
     const auto count = static_cast<int64_t>(rows_.size());
     costs_.resize(rows_.size());
     if (layout_.nbits == 4) {
       kernels().cost4({database_.blocks.data, layout_.block_bytes(), used_, query.table,
-                       query.offset, rows_.data(), count, costs_.data()});
+                       rows_.data(), starts_.data(), count, costs_.data()});
     } else {
       constexpr int kSums = 8;
       int64_t i = 0;
@@ -317,7 +444,7 @@ class Scanner {
     for (int i = 0; i < kSums; ++i) {
       const int64_t row = rows_[first + i];
       codes[i] = database_.blocks.block(row / kBlockRows) + row % kBlockRows;
-      sum[i] = query.offset;
+      sum[i] = starts_[first + i];
     }
     const float* table = query.table;
     for (int64_t m = 0; m < used_; ++m, table += entries)
@@ -336,8 +463,10 @@ class Scanner {
   std::vector<float> steps_, bases_, mosts_;
   float last_scale_[kBlockRows] = {}, last_bias_[kBlockRows] = {};  // of a block that is not full
   std::vector<const uint8_t*> tables_;
-  std::vector<int64_t> rows_;  // that passed
-  std::vector<float> costs_;   // of them
+  std::vector<int64_t> rows_;          // that passed
+  std::vector<float> starts_, costs_;  // of them
+  uint16_t sums_[kSumBlocks * kBlockRows];
+  Bounded bounded_;
 };
 
 // One bit per row from one byte per row; empty without a mask.
@@ -386,9 +515,17 @@ void for_tasks(double work, int64_t tasks, const std::function<void(int64_t)>& t
   parallel_for_if(work >= kSerialWork, tasks, task);
 }
 
-// Searches everything; found[slice * nq + q] holds what each slice of the rows gives query q.
+// Of the ranges [from, to), in size.
+float largest(const float* offset, int64_t from, int64_t to) {
+  float most = 0;
+  for (int64_t i = from; offset && i < to; ++i) most = std::max(most, std::fabs(offset[i]));
+  return most;
+}
+
+// Searches everything, for the k best or, with 0, by radius; found[slice * nq + q] holds what each
+// slice of the rows gives query q.
 template <class Start>
-int64_t search(const Queries& queries, const Database& database, const Ranges* ranges,
+int64_t search(const Queries& queries, const Database& database, const Ranges* ranges, int64_t k,
                std::vector<Found>& found, const Start& start) {
   const int64_t nq = queries.count, rows = database.blocks.rows;
   const double work = work_of(queries, database, ranges);
@@ -410,12 +547,21 @@ int64_t search(const Queries& queries, const Database& database, const Ranges* r
       scanner.scan(first, std::min(rows, first + plan.slice_rows), live);
       return;
     }
-    for (int64_t q = q0; q < q0 + count; ++q)
-      for (int64_t i = ranges->offsets[q]; i < ranges->offsets[q + 1]; ++i) {
+    for (int64_t q = q0; q < q0 + count; ++q) {
+      const int64_t from = ranges->offsets[q], to = ranges->offsets[q + 1];
+      if (k && !ranges->table &&
+          scanner.bounds_all(queries.tables + q * table_size, largest(ranges->offset, from, to))) {
+        scanner.scan_ranges(ranges->begin + from, ranges->end + from,
+                            ranges->offset ? ranges->offset + from : nullptr, to - from, k, live,
+                            &found[q]);
+        continue;
+      }
+      for (int64_t i = from; i < to; ++i) {
         if (ranges->begin[i] == ranges->end[i]) continue;
         set(0, ranges->table ? ranges->table[i] : q, ranges->offset ? ranges->offset[i] : 0.0f, q);
         scanner.scan(ranges->begin[i], ranges->end[i], live);
       }
+    }
   });
   return plan.slices;
 }
@@ -429,7 +575,7 @@ void topk(const Queries& queries, const Database& database, const Ranges* ranges
   const int64_t keep = std::max<int64_t>(1, std::min(k, database.blocks.rows));
   std::vector<Found> found;
   const int64_t slices =
-      search(queries, database, ranges, found, [&](Found& f) { f.search_best(keep); });
+      search(queries, database, ranges, keep, found, [&](Found& f) { f.search_best(keep); });
   const auto finish = [&](int64_t q) {
     std::vector<Hit> best;
     for (int64_t s = 0; s < slices; ++s) {
@@ -454,7 +600,7 @@ RangeResult::RangeResult(const Queries& queries, const Database& database, const
     : queries_(queries.count) {
   if (queries_ == 0) return;
   std::vector<Found> found;
-  slices_ = search(queries, database, ranges, found, [&](Found& f) { f.search_radius(radius); });
+  slices_ = search(queries, database, ranges, 0, found, [&](Found& f) { f.search_radius(radius); });
   for (Found& f : found) {
     hits_.push_back(std::move(f.hits()));
     total_ += static_cast<int64_t>(hits_.back().size());

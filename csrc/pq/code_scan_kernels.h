@@ -37,16 +37,19 @@ struct BoundJob {
   uint8_t* scratch;
   uint64_t* pass;
   int64_t pass_stride;
+  // (count * 64), or null: also the sums themselves, cut off at 65535; of one query, no factors.
+  uint16_t* sums;
 };
 
-// Exact costs of listed rows of 4-bit codes by one table (used, 16): see code_scan.h.
+// Exact costs of listed rows of 4-bit codes by one table (used, 16), from starts[i] on: see
+// code_scan.h.
 struct CostJob {
   const uint8_t* blocks;
   int64_t block_bytes;
   int64_t used;
   const float* table;
-  float offset;
   const int64_t* rows;
+  const float* starts;
   int64_t count;
   float* out;
 };

@@ -229,7 +229,8 @@ class Lloyd {
         double divisor = static_cast<double>(size);
         if (metric_ == Nearest::cosine)
           divisor = std::sqrt(std::inner_product(sum, sum + dim_, sum, 0.0));
-        if (divisor > 0) std::transform(sum, sum + dim_, sum, [&](double s) { return s / divisor; });
+        if (divisor > 0)
+          std::transform(sum, sum + dim_, sum, [&](double s) { return s / divisor; });
         else std::copy(now, now + dim_, sum);
       }
     });

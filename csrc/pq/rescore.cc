@@ -25,20 +25,27 @@ void rescore(const Matrix<const float>& x, const Stored& stored, const int64_t* 
     return static_cast<const char*>(stored.vectors) +
            std::max<int64_t>(candidates[i], 0) * row_bytes;
   };
+  // Inlined, or the compiler drops what only prefetches.
+  const auto fetch = [&](int64_t i) __attribute__((always_inline)) {
+    if (candidates[i] < 0) return;
+    if (stored.scale) __builtin_prefetch(stored.scale + candidates[i]);
+    for (int64_t at = 0; at < used_bytes; at += 64) __builtin_prefetch(row(i) + at);
+  };
   const auto task = [&](int64_t t) {
     std::vector<float> query(cols);
-    int64_t held = -1;  // whose columns `query` are
     const int64_t end = std::min(all, (t + 1) * kStep);
+    for (int64_t i = t * kStep; i < std::min(end, t * kStep + kAhead); ++i) fetch(i);
+    int64_t next = t * kStep;  // candidate, of which the query changes
     for (int64_t i = t * kStep; i < end; ++i) {
-      if (i + kAhead < end && candidates[i + kAhead] >= 0)
-        for (int64_t at = 0; at < used_bytes; at += 64) __builtin_prefetch(row(i + kAhead) + at);
+      if (i + kAhead < end) fetch(i + kAhead);
+      if (i == next) {
+        const float* columns = x.row(i / c);
+        for (int64_t j = 0; j < cols; ++j) query[j] = columns[j * x.col_stride];
+        next = (i / c + 1) * c;
+      }
       if (candidates[i] < 0) {
         out[i] = none;
         continue;
-      }
-      if (held != i / c) {
-        held = i / c;
-        for (int64_t j = 0; j < cols; ++j) query[j] = x.row(held)[j * x.col_stride];
       }
       const float scale = stored.scale ? stored.scale[candidates[i]] : 1.0f;
       out[i] =
