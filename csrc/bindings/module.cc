@@ -12,6 +12,10 @@ void bind_pq_product_keys(pybind11::module_& m);
 void bind_pq_scan(pybind11::module_& m);
 void bind_scan(pybind11::module_& m);
 void bind_scan2d(pybind11::module_& m);
+void bind_sparse_index(pybind11::module_& m);
+void bind_sparse_score(pybind11::module_& m);
+void bind_sparse_select(pybind11::module_& m);
+void bind_sparse_splade(pybind11::module_& m);
 }  // namespace pentad
 
 PYBIND11_MODULE(_C, m) {
@@ -27,4 +31,8 @@ PYBIND11_MODULE(_C, m) {
   pentad::bind_pq_scan(m);
   pentad::bind_scan(m);
   pentad::bind_scan2d(m);
+  pentad::bind_sparse_index(m);
+  pentad::bind_sparse_score(m);
+  pentad::bind_sparse_select(m);
+  pentad::bind_sparse_splade(m);
 }

@@ -20,7 +20,7 @@ from pentad._C import set_num_threads as _set_num_threads
 from pentad._errors import DeviceError, FormatError
 from pentad._index import SearchResult
 
-_FAMILIES = ("attention", "hamming", "nn", "pq", "scan")
+_FAMILIES = ("attention", "hamming", "nn", "pq", "scan", "sparse")
 
 
 def set_num_threads(n: int) -> None:

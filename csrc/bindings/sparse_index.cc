@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+namespace pentad {
+
+void bind_sparse_index(py::module_&) {}
+
+}  // namespace pentad
