@@ -90,12 +90,15 @@ class Target:
     at_least, at_most
         Names of qualities in which the subject must not be worse than that contender: larger ones
         and smaller ones are better. Less than SAME of a difference is none.
+    answers
+        Over which the `at_least` are shares: two standard errors of a difference are none either.
     """
 
     against: str | tuple[str, ...]
     ratio: float
     at_least: tuple[str, ...] = ()
     at_most: tuple[str, ...] = ()
+    answers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -333,7 +336,13 @@ def inferior(target: Target, contenders: Sequence[dict[str, Any]], against: str)
     """The qualities of the target in which the subject is worse than the peer."""
     ours = contenders[0].get("quality", {})
     theirs = next(record for record in contenders if record["name"] == against).get("quality", {})
-    less = [name for name in target.at_least if ours[name] < theirs[name] * (1 - SAME)]
+
+    def fluctuation(name: str) -> float:
+        shares = ours[name], theirs[name]
+        variance = sum(p * (1 - p) for p in shares) / target.answers if target.answers else 0.0
+        return max(SAME * theirs[name], 2 * variance**0.5)
+
+    less = [name for name in target.at_least if ours[name] < theirs[name] - fluctuation(name)]
     return less + [name for name in target.at_most if ours[name] > theirs[name] * (1 + SAME)]
 
 

@@ -230,7 +230,12 @@ def search_case(
         partial(search_setup, data, M, nbits, count),
         contenders,
         Search.work,
-        ratio and Target(faiss, ratio, at_least=tuple(f"recall@{K} {name}" for name in told)),
+        ratio
+        and Target(
+            *(faiss, ratio),
+            at_least=tuple(f"recall@{K} {name}" for name in told),
+            answers=K * pq_data.QUERIES,
+        ),
     )
 
 

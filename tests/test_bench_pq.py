@@ -51,7 +51,7 @@ def test_targets():
             for M in (16, 32)
         },
         **{f"top 10, 8 bits, M {M}, 1 query": ("faiss IndexPQ", 12.0, both, ()) for M in (16, 32)},
-        "train, 8 bits, M 16, 50,000 vectors, 25 iterations": (
+        "train, 8 bits, M 16, 50,000 vectors, to the distortion of 25 of Lloyd's iterations": (
             "faiss ProductQuantizer.train",
             4.0,
             (),
@@ -208,6 +208,22 @@ def test_worse_answers_do_not_meet_a_target():
     assert (less["met"], less["inferior"]) == (False, ["recall"])
     assert "NOT MET (worse recall)" in harness.format_target(less)
     assert judged((0.9, 1.2), (0.9, 1.0))["inferior"] == ["error"]
+
+
+def test_what_sampling_explains_is_not_worse():
+    """A share of 0.4 of 2,500 answers has a standard error of 0.01, a difference one of 0.014."""
+    harness = load("harness")
+
+    def worse(ours, theirs, answers):
+        target = harness.Target("peer", 2.0, at_least=("recall",), answers=answers)
+        names = {"ours": ours, "peer": theirs}
+        records = [{"name": n, "quality": {"recall": share}} for n, share in names.items()]
+        return harness.inferior(target, records, "peer")
+
+    assert worse(0.38, 0.4, None) == ["recall"]
+    assert worse(0.38, 0.4, 2500) == []
+    assert worse(0.37, 0.4, 2500) == ["recall"]
+    assert worse(0.38, 0.4, 250_000) == ["recall"]
 
 
 def test_qualities_stand_in_the_table():
