@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pq benchmark: its targets, what it tells beside times, and that it finds wrong answers."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def test_wrong_assignments_and_codebooks_are_found():
             check(inputs, (codes + 1) % len(inputs.centroids))
     rng = np.random.default_rng(1)
     inputs = SimpleNamespace(x=rng.standard_normal((400, 128), dtype=np.float32))
-    call = pq.Training(pq.pentad_codebooks, inputs)
+    call = pq.Training(functools.partial(pq.pentad_codebooks, 2), inputs)
     books = call()
     pq.check_codebooks(inputs, books)
     parts = inputs.x.reshape(400, 16, 1, 8).astype(np.float64)
