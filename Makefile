@@ -84,6 +84,7 @@ bench: install
 	$(BIN)/python bench/attention.py $(BENCH_ARGS)
 	$(BIN)/python bench/scan.py $(BENCH_ARGS)
 	$(BIN)/python bench/pq.py $(BENCH_ARGS)
+	$(BIN)/python bench/sparse.py $(BENCH_ARGS)
 
 # A wheel, and the proof that it imports beside nothing but numpy.
 wheel: $(DEPENDENCIES)

@@ -305,6 +305,43 @@ def test_another_kind_of_index(kind, small_world, tmp_path, capsys):
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "stages"),
+    [
+        ("sparse", ["encode", "sparse search"]),
+        ("hybrid", ["encode", "binary search", "rescore", "sparse search", "merge"]),
+    ],
+)
+def test_kinds_with_words(kind, stages, small_world, tmp_path, capsys, monkeypatch):
+    path = small_world.with_name(
+        "docs-sparse.pentad" if kind == "sparse" else "docs-lsa-hybrid.pentad"
+    )
+    assert cli.main(["search", "open a gzip file", "--index", kind]) == 0
+    printed = capsys.readouterr()
+    assert f"No index yet: building {path}, once." in printed.err
+    assert "weighing words: " in printed.err
+    assert ("finding concepts: " in printed.err) == (kind == "hybrid")
+    assert "gzip.open" in printed.out
+    for stage in stages:
+        assert f"{stage} " in printed.out.splitlines()[-1]
+    assert cli.main(["search", "open a gzip file", "--index", kind, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["file"] == str(path)
+    assert list(answer["seconds"]) == ["start-up", "load", *stages]
+    scores = [hit["score"] for hit in answer["hits"]]
+    assert scores == sorted(scores, reverse=True)
+    assert cli.main(["search", "zyzzyva", "--index", kind]) == 0
+    assert capsys.readouterr().err == "No passage has any word of: zyzzyva\n"
+
+    complaint = f"pentad search: {path} holds an index of kind '{kind}', not 'binary'\n"
+    assert cli.main(["search", "open", "--file", str(path), "--index", "binary"]) == 1
+    assert capsys.readouterr().err == complaint
+    monkeypatch.setattr(engine, "fingerprint", lambda: "Python 4.0")
+    assert cli.main(["search", "open", "--index", kind]) == 0
+    encoder = "" if kind == "sparse" else "--encoder lsa "
+    assert f"renew it with `pentad index {encoder}--index {kind}" in capsys.readouterr().err
+
+
 def test_the_choices_are_the_kinds():
     parser = cli._parser()
     for command in (["index"], ["search", "x"]):

@@ -2,12 +2,10 @@
 """Documentation search: what is read from a site-packages folder, and how well it is found."""
 
 import importlib.util
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
+from docsearch_cases import ABOUT, check_light, read_library
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,10 +118,7 @@ def found(site):
 
 @pytest.fixture(scope="module")
 def library():
-    """Real modules of the standard library."""
-    return corpus.read(
-        corpus.restrict(corpus.sources(), ["json", "gzip", "argparse", "pathlib", "zipfile"])
-    ).passages
+    return read_library()
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +129,7 @@ def fitted(library):
 @pytest.fixture(scope="module")
 def docs(library, fitted):
     encoder, vectors = fitted
-    about = {"fingerprint": fingerprint(), "packages": [], "files": 0, "skipped": {}}
-    return DocIndex.of(library, encoder, vectors, about)
+    return DocIndex.of(library, encoder, vectors, ABOUT)
 
 
 def test_passages_are_named_as_they_are_imported(found):
@@ -427,15 +421,7 @@ def test_a_damaged_index_is_refused(docs, tmp_path):
 
 
 def test_searching_imports_nothing_heavy(docs, tmp_path):
-    docs.save(tmp_path / "docs.pentad")
-    code = f"""
-        import sys
-        from pentad.docsearch import DocIndex
-        DocIndex.load({str(tmp_path / "docs.pentad")!r}).search("open a file")
-        heavy = {{"sklearn", "scipy", "rich", "torch", "pentad.docsearch.corpus"}}
-        sys.exit(", ".join(heavy & set(sys.modules)) or 0)
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    check_light(docs, tmp_path / "docs.pentad")
 
 
 @pytest.mark.parametrize(
@@ -476,8 +462,7 @@ def test_minilm_understands_what_is_not_said(library, tmp_path):
 def other(request, library, fitted):
     """The same passages in another kind of index."""
     encoder, vectors = fitted
-    about = {"fingerprint": fingerprint(), "packages": [], "files": 0, "skipped": {}}
-    return DocIndex.of(library, encoder, vectors, about, request.param)
+    return DocIndex.of(library, encoder, vectors, ABOUT, request.param)
 
 
 def test_other_kinds_answer_and_are_stored(other, docs, fitted, library, tmp_path):
@@ -520,10 +505,13 @@ def test_files_without_a_kind_are_binary(docs, tmp_path):
 def test_kinds_that_cannot_be(library, fitted):
     encoder, vectors = fitted
     with pytest.raises(
-        ValueError, match="index must be one of binary, pq, scalar, rabitq, got 'x'"
+        ValueError,
+        match="index must be one of binary, pq, scalar, rabitq, sparse, hybrid, got 'x'",
     ):
         DocIndex.build(["json"], index="x")
     with pytest.raises(ValueError, match="kind 'pq' needs 16 passages or more, got 5"):
         DocIndex.of(library[:5], encoder, vectors[:5], {}, "pq")
     assert docsearch.default_path("lsa", "pq").name == "docs-lsa-pq.pentad"
     assert docsearch.default_path().name == "docs-lsa.pentad"
+    assert docsearch.default_path("lsa", "hybrid").name == "docs-lsa-hybrid.pentad"
+    assert docsearch.default_path("minilm", "sparse").name == "docs-sparse.pentad"

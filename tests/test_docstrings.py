@@ -13,7 +13,7 @@ import pytest
 
 import pentad
 
-FAMILIES = ["pentad.hamming", "pentad.pq"]
+FAMILIES = ["pentad.hamming", "pentad.pq", "pentad.sparse"]
 if importlib.util.find_spec("torch"):
     FAMILIES += ["pentad.attention", "pentad.nn", "pentad.scan"]
 

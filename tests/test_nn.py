@@ -363,7 +363,7 @@ def test_modules_compile_and_train(rng):
 def test_the_public_names():
     assert pentad.nn.__all__ == [
         "Attention", "Binarize", "BinaryMemory", "CompressedEmbedding", "GatedDeltaNet", "Mamba",
-        "Mamba2", "MultiScaleRetention", "ProductKeyMemory", "VectorQuantizer",
+        "Mamba2", "MultiScaleRetention", "ProductKeyMemory", "SparseAutoencoder", "VectorQuantizer",
     ]  # fmt: skip
     assert set(pentad.__all__) >= {"hamming", "nn", "isa", "SearchResult"}
     assert {"hamming", "nn"} <= set(dir(pentad))

@@ -7,6 +7,7 @@ import threading
 _MODULES = (
     *("pentad/_index.py", "pentad/_lists.py", "hamming/index.py", "hamming/ivf.py"),
     *("pq/index.py", "pq/ivf.py"),
+    *("sparse/index.py", "sparse/_documents.py"),
 )
 
 

@@ -511,3 +511,72 @@ def pq_product_keys_backward(
     touched: Array | None,
 ) -> None: ...
 def pq_count_distinct(indices: Array, limit: int) -> int: ...
+def sparse_check(
+    op: str, name: str, indptr: Array, indices: Array, values: Array, columns: int
+) -> tuple[bool, int]: ...
+def sparse_merge(
+    op: str,
+    name: str,
+    indptr: Array,
+    indices: Array,
+    values: Array,
+    columns: int,
+    out_indptr: Array,
+    out_indices: Array,
+    out_values: Array,
+    place: Array,
+) -> int: ...
+def sparse_score(
+    q_indptr: Array,
+    q_indices: Array,
+    q_values: Array,
+    d_indptr: Array,
+    d_indices: Array,
+    d_values: Array,
+    pairs: Array | None,
+    columns: int,
+    out: Array,
+) -> None: ...
+def sparse_score_backward(
+    d_out: Array,
+    q_indptr: Array,
+    q_indices: Array,
+    q_values: Array,
+    d_indptr: Array,
+    d_indices: Array,
+    d_values: Array,
+    pairs: Array | None,
+    columns: int,
+    d_queries: Array | None,
+    d_docs: Array | None,
+) -> None: ...
+def sparse_splade_head(
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    mask: Array | None,
+    pooling: str,
+    activation: str,
+    out: Array,
+    top: Array | None,
+    place: Array | None,
+) -> None: ...
+def sparse_splade_head_backward(
+    d_out: Array,
+    hidden: Array,
+    weight: Array,
+    bias: Array | None,
+    mask: Array | None,
+    top: Array | None,
+    place: Array | None,
+    pooling: str,
+    activation: str,
+    d_hidden: Array | None,
+    d_weight: Array | None,
+    d_bias: Array | None,
+) -> None: ...
+def sparse_splade_keep(x: Array, k: int) -> None: ...
+def sparse_splade_count(x: Array, indptr: Array) -> None: ...
+def sparse_splade_compress(x: Array, indptr: Array, indices: Array, values: Array) -> None: ...
+def sparse_topk(x: Array, k: int, absolute: bool, indices: Array, values: Array | None) -> None: ...
+def sparse_topk_sparsify(x: Array, k: int, absolute: bool, out: Array) -> None: ...

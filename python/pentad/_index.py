@@ -135,9 +135,9 @@ class Index:
     _by = ("store",)  # what `rescore` may go by
     _largest = True  # of the scores of rescoring
 
-    def __init__(self, layout: Layout):
+    def __init__(self, layout: Layout | None, state=None):
         self._layout = layout
-        self._state = Flat(Rows.empty(layout))
+        self._state = Flat(Rows.empty(layout)) if state is None else state
         self._writing = threading.Lock()
 
     def __reduce__(self):
@@ -162,6 +162,10 @@ class Index:
     def _content(self, given) -> dict:
         """What rows hold of an input, but for the ids."""
         raise NotImplementedError
+
+    def _like(self, queries, result: np.ndarray):
+        """`result` as the kind of the queries."""
+        return like(queries, result)
 
     def _ready(self, name: str) -> None:
         """Raises where the method needs what is not there yet, such as training."""
@@ -288,7 +292,7 @@ class Index:
                 f"[{op}] ids have shape {candidates.shape}, expected ({len(given)}, c)"
             )
         scores, found = view._best(given, candidates, by, candidates.shape[1])
-        return SearchResult(like(queries, scores), like(queries, found))
+        return SearchResult(view._like(queries, scores), view._like(queries, found))
 
     # --- Files ------------------------------------------------------------------------------------
 

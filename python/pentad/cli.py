@@ -73,7 +73,8 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     if not answer.hits:
         print(f"No passage has any word of: {question}", file=sys.stderr)
     if docs.stale:
-        renew = ["pentad", "index", "--encoder", docs.about["encoder"]]
+        renew = ["pentad", "index"]
+        renew += ["--encoder", docs.about["encoder"]] if docs.about["encoder"] else []
         renew += ["--index", docs.kind] if docs.kind != "binary" else []
         for package in docs.about["packages"]:
             renew += ["--package", package]
@@ -186,8 +187,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--encoder", choices=("lsa", "minilm"), default="lsa")
         command.add_argument(
             "--index",
-            choices=("binary", "pq", "scalar", "rabitq"),
-            help="the kind of index: binary unless told, or what --file holds",
+            choices=("binary", "pq", "scalar", "rabitq", "sparse", "hybrid"),
+            help="the kind of index: binary unless told, or what --file holds; sparse ranks words "
+            "by BM25 and needs no encoder, hybrid merges that with binary",
         )
         command.add_argument(
             "--package",

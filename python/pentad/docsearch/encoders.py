@@ -11,12 +11,12 @@ import contextlib
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .passages import Passage, Progress, Strings
+from .passages import Passage, Progress, Strings, watched
 from .words import SHOWN, weighted_words, words
 
 
@@ -58,7 +58,7 @@ class LsaEncoder:
         """The encoder for ``passages``, and their unit vectors, float32 (len(passages), dim)."""
         progress = progress or (lambda stage, done, total: None)
         vectorizer = tfidf(len(passages))
-        counted = vectorizer.fit_transform(_watched(passages, "counting words", progress))
+        counted = vectorizer.fit_transform(watched(passages, "counting words", progress))
         progress("finding concepts", 0, 0)
         projection = cls._project(counted)
         progress("finding concepts", 1, 1)
@@ -204,15 +204,6 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     """The rows divided by their lengths; rows of zeros stay."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
-
-
-def _watched(items: Sequence, stage: str, progress: Progress) -> Iterator:
-    """The items, telling ``progress`` about every hundredth part of them."""
-    step = max(1, len(items) // 100)
-    for done, item in enumerate(items, 1):
-        yield item
-        if done % step == 0 or done == len(items):
-            progress(stage, done, len(items))
 
 
 @contextlib.contextmanager

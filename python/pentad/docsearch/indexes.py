@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kinds of index that passages can be kept in, by name.
 
-All hold int8 vectors too, by which candidates are scored again. Over 63,000 passages of 512
-numbers, recall@10 with nothing rescored, and with 4 and 20 candidates for each answer:
+Those of vectors hold them as int8 too, by which candidates are scored again. Over 63,000 passages
+of 512 numbers, recall@10 with nothing rescored, and with 4 and 20 candidates for each answer:
 
     binary   64 bytes a passage   0.75   0.96   0.99
     pq       64                   0.83   0.99   1.00
@@ -11,6 +11,14 @@ numbers, recall@10 with nothing rescored, and with 4 and 20 candidates for each 
 
 "binary" and "pq" find ten of them in a quarter of a millisecond; the others turn the question
 first, which takes as long again. Only "pq" is trained, which takes half a second.
+
+"sparse" holds words instead and needs no encoder: it ranks by BM25, exactly. "hybrid" holds words
+beside the vectors of "binary" and merges both rankings. Mean reciprocal rank of the first right
+answer and the share of questions with one among the first three, 38 to 67,000 passages:
+
+    binary   0.46   61 %      sparse   0.52   66 %      hybrid   0.52   71 %
+
+Words are found in an eighth of a millisecond.
 """
 
 from __future__ import annotations
@@ -54,24 +62,33 @@ def _rabitq(vectors: np.ndarray, progress: Progress | None):
     return RaBitQIndex(vectors.shape[1], metric="ip", store="int8")
 
 
+# Kinds of vectors; "hybrid" makes that part of it which is.
 _MAKE: dict[str, Callable[[np.ndarray, Progress | None], Any]] = {
     "binary": _binary,
     "pq": _pq,
     "scalar": _scalar,
     "rabitq": _rabitq,
+    "hybrid": _binary,
 }
-INDEXES = tuple(_MAKE)
+INDEXES = ("binary", "pq", "scalar", "rabitq", "sparse", "hybrid")
 
 
 def check(kind: str) -> None:
     """Raise ValueError for an unknown kind."""
-    if kind not in _MAKE:
+    if kind not in INDEXES:
         raise ValueError(f"index must be one of {', '.join(INDEXES)}, got {kind!r}")
 
 
+def has_vectors(kind: str) -> bool:
+    return kind != "sparse"
+
+
+def has_words(kind: str) -> bool:
+    return kind in ("sparse", "hybrid")
+
+
 def make(kind: str, vectors: np.ndarray, progress: Progress | None = None):
-    """An index of that kind that holds the vectors, float32 (n, dim)."""
-    check(kind)
+    """An index of that kind, one that has vectors, which holds these, float32 (n, dim)."""
     index = _MAKE[kind](vectors, progress)
     index.add(vectors)
     return index
@@ -79,7 +96,7 @@ def make(kind: str, vectors: np.ndarray, progress: Progress | None = None):
 
 def from_sections(kind: str, meta: dict, arrays: dict):
     """The index of that kind that a file embeds; KeyError for an unknown kind."""
-    if kind == "binary":
+    if kind in ("binary", "hybrid"):
         return BinaryIndex.from_sections(meta, arrays)
     from .. import pq
 
@@ -89,4 +106,8 @@ def from_sections(kind: str, meta: dict, arrays: dict):
 
 def modes(kind: str) -> dict[str, str | None]:
     """What the candidates of that kind may be scored with again."""
-    return {"store": "store", "bits": "bits", "none": None} if kind == "binary" else STORE
+    if kind == "sparse":  # whose scores are exact as they are
+        return {"store": None, "none": None}
+    if kind in ("binary", "hybrid"):
+        return {"store": "store", "bits": "bits", "none": None}
+    return STORE

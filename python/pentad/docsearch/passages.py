@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,15 @@ import numpy as np
 KINDS = ("module", "class", "function", "topic")
 
 Progress = Callable[[str, int, int], None]  # stage, done, total; total 0 where it cannot be told
+
+
+def watched(items: Sequence, stage: str, progress: Progress) -> Iterator:
+    """The items, telling ``progress`` about every hundredth part of them."""
+    step = max(1, len(items) // 100)
+    for done, item in enumerate(items, 1):
+        yield item
+        if done % step == 0 or done == len(items):
+            progress(stage, done, len(items))
 
 
 class Passage(NamedTuple):

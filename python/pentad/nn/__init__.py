@@ -10,6 +10,7 @@ from pentad.scan.gated_delta_net import GatedDeltaNet
 from pentad.scan.mamba2 import Mamba2
 from pentad.scan.modules import Mamba
 from pentad.scan.retention import MultiScaleRetention
+from pentad.sparse.autoencoder import SparseAutoencoder
 
 __all__ = [
     "Attention",
@@ -21,5 +22,6 @@ __all__ = [
     "Mamba2",
     "MultiScaleRetention",
     "ProductKeyMemory",
+    "SparseAutoencoder",
     "VectorQuantizer",
 ]

@@ -30,14 +30,6 @@ class Forward(NamedTuple):
     scale: np.ndarray | None = None
 
 
-class Queries(NamedTuple):
-    """indptr (nq + 1,) int64; terms (nnz,) int32, rising in each row; values (nnz,) float32."""
-
-    indptr: np.ndarray
-    terms: np.ndarray
-    values: np.ndarray
-
-
 class Window(NamedTuple):
     """Inverted lists of at most `WINDOW` documents, opaque but for their types.
 
@@ -54,18 +46,21 @@ class Window(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a pruned search may leave out. Its scores are exact all the same.
+    """What a pruned search may leave out; by default nothing. Its scores are exact all the same.
 
-    query_cut : the terms of largest weight that choose candidates; None for all
-    block_factor : skip a block of documents whose bound, times this, is below the k-th score
-    alpha : stop where the bound of what is left, times this, is below the k-th score
-    oversample : candidates that are scored exactly, for each of the k
+    query_cut : int or None
+        Look up so many terms of a query in a window, those that may add most; None for all.
+    block_factor : float
+        Pass over the list of a term in a window where the most that it adds is below this share of
+        the k-th best bound so far.
+    alpha : float, in (0, 1]
+        Score documents whose bound, over the terms that were looked up, is at least this share of
+        the k-th best bound so far.
     """
 
     query_cut: int | None = None
-    block_factor: float = 0.9
-    alpha: float = 0.9
-    oversample: int = 2
+    block_factor: float = 0.0
+    alpha: float = 1.0
 
 
 def build(forward: Forward, first: int, last: int) -> Window:
@@ -95,8 +90,11 @@ def check(window: Window, count: int) -> None:
         raise FormatError("the inverted lists of the index are malformed")
 
 
-def topk(windows, forward: Forward, queries: Queries, mask, k: int, options: Options | None):
+def topk(windows, forward: Forward, queries, mask, k: int, options: Options | None):
     """The k best positions of each query: the largest score first, then the smaller position.
+
+    Queries are (indptr (nq + 1,) int64, terms (nnz,) int32, rising in each row, values (nnz,)
+    float32).
 
     Every document that the mask admits is a candidate; one without a common term scores 0.
     `options` may leave documents out; here they leave out none.
@@ -106,7 +104,7 @@ def topk(windows, forward: Forward, queries: Queries, mask, k: int, options: Opt
     scores : (nq, k) float32, -inf where there are fewer than k
     positions : (nq, k) int64, -1 there
     """
-    nq, n = len(queries.indptr) - 1, len(forward.indptr) - 1
+    nq, n = len(queries[0]) - 1, len(forward.indptr) - 1
     scores = np.full((nq, k), -np.inf, np.float32)
     positions = np.full((nq, k), -1, np.int64)
     allowed = np.arange(n) if mask is None else np.flatnonzero(mask)
@@ -118,7 +116,7 @@ def topk(windows, forward: Forward, queries: Queries, mask, k: int, options: Opt
     return scores, positions
 
 
-def scores_at(forward: Forward, queries: Queries, positions: np.ndarray) -> np.ndarray:
+def scores_at(forward: Forward, queries, positions: np.ndarray) -> np.ndarray:
     """(nq, c) float32: scores of the documents at `positions`, -inf where that is -1."""
     scores = np.full(positions.shape, -np.inf, np.float32)
     for q, row in enumerate(positions):
@@ -130,8 +128,9 @@ def scores_at(forward: Forward, queries: Queries, positions: np.ndarray) -> np.n
 
 
 def _query(queries, q):
-    part = slice(queries.indptr[q], queries.indptr[q + 1])
-    return queries.terms[part], queries.values[part].astype(np.float64)
+    indptr, terms, values = queries
+    part = slice(indptr[q], indptr[q + 1])
+    return terms[part], values[part].astype(np.float64)
 
 
 def _scores(forward, terms, weights):
@@ -168,6 +167,6 @@ def _values(forward, first, last):
 
 
 __all__ = [
-    *("WINDOW", "Forward", "Options", "Queries", "Window"),
+    *("WINDOW", "Forward", "Options", "Window"),
     *("build", "check", "scores_at", "topk"),
 ]

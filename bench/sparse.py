@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""pentad.sparse against pyseismic-lsr, bmp, bm25s, scipy and torch.
+
+    python bench/sparse.py [--quick] [--only CASE] [--json FILE]
+
+Vectors are described in `sparse_data`. Exact searches must give the scores and ids of the
+definition; pruned ones, tuned to the same recall each on its own, the exact scores of what they
+find.
+
+How the peers are used, where it is not obvious:
+
+- scipy and sentence-transformers' way (torch.mm of two sparse matrices, made dense) have no index:
+  the documents are transposed, or made a tensor, before the time starts. scipy has one thread.
+- bmp keeps bytes and takes one query at a time in one thread, so that it is compared on whole
+  numbers, on which it is exact but for some of a thousand results.
+- pyseismic-lsr keeps float16 values and prunes its lists by its own defaults; it has no exact
+  search. Its threads are rayon's.
+- bm25s compiles itself before the time starts.
+
+"cores" are the CPU seconds of a search over its wall seconds; "bytes/posting" the bytes of an
+index, the documents that it rescores with among them, over the non-zeros of the documents: of the
+file that it is saved to, and of pyseismic-lsr what it says that it holds in memory.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pq_data
+import sparse_memory
+import sparse_search
+import sparse_training
+from harness import main
+
+PACKAGES = ("torch", "scipy", "pyseismic-lsr", "bmp", "bm25s", "numba")
+
+CASES = [*sparse_search.CASES, *sparse_training.CASES]
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    pq_data.limit_threads()
+    sys.exit(main("sparse", CASES, PACKAGES, rounds=5, budget=4.0, more=sparse_memory.CASES))
