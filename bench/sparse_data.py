@@ -249,6 +249,9 @@ class SpladeTiny:
         """SPLADE v2: the largest log(1 + relu(logit)) of a term over the word pieces."""
         import torch
 
+        from pentad.sparse import splade_head
+
+        head = self.model.cls.predictions
         order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
         rows: list = [None] * len(passages)
         with torch.inference_mode():
@@ -259,9 +262,9 @@ class SpladeTiny:
                     torch.tensor([getattr(c, name) for c in coded])
                     for name in ("ids", "attention_mask")
                 )
-                logits = self.model(input_ids=ids, attention_mask=mask).logits
-                logits.masked_fill_(mask[..., None] == 0, -torch.inf)
-                weights = logits.amax(1).clamp_(min=0).log1p_().numpy()
+                states = self.model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+                states = head.transform(states)
+                weights = splade_head(states, head.decoder.weight, head.bias, mask).numpy()
                 for i, row in zip(some, weights, strict=True):
                     terms = np.flatnonzero(row).astype(np.int32)
                     rows[i] = terms, row[terms]

@@ -29,6 +29,7 @@ EXACT_SINGLE, EXACT_SINGLE_BMP = 8.0, 2.0
 AT_RECALL = 2.0
 BUILD = 10.0
 BM25 = 3.0
+MANY = 1_000_000
 
 # Indexes and what they took ----------------------------------------------------------------------
 
@@ -265,6 +266,7 @@ def exact_case(count: int, k: int, single: bool) -> Case:
                 "torch.mm, dense result, topk",
                 partial(Searching, engine),
                 partial(check_exact, engine, 1e-5),
+                once=True,
             )
         )
     how = f"{count} queries{' one at a time' if single else ''}"
@@ -304,7 +306,7 @@ def recall_setup(name: str, recall: float, single: bool, quick: bool, threads: i
     if name == "splade":
         whole = sparse_data.splade(quick)
     else:
-        whole = sparse_data.zipf(2_000 if quick else 1_000_000)
+        whole = sparse_data.zipf(2_000 if quick else MANY)
     if quick:
         whole = whole.first(32)
     count = 8 if quick and single else 100 if single else whole.queries.shape[0]
@@ -312,7 +314,7 @@ def recall_setup(name: str, recall: float, single: bool, quick: bool, threads: i
 
 
 def recall_case(name: str, recall: float, single: bool) -> Case:
-    what = "SPLADE vectors of the passages" if name == "splade" else "1,000,000 documents"
+    what = "SPLADE vectors of the passages" if name == "splade" else f"{MANY:,} documents"
     peer = Seismic(n_postings=3500)
     return Case(
         f"recall@{K} {recall}, {what}, {'100 queries one at a time' if single else '256 queries'}",
@@ -353,8 +355,8 @@ def check_built(engine: Engine, data: Data, made: tuple[Any, float]) -> None:
 
 
 BUILD_CASE = Case(
-    "build, 1,000,000 documents",
-    lambda quick, threads: sparse_data.zipf(2_000 if quick else 1_000_000),
+    f"build, {MANY:,} documents",
+    lambda quick, threads: sparse_data.zipf(2_000 if quick else MANY),
     [
         Contender(name, partial(Building, engine), partial(check_built, engine), once=True)
         for name, engine in {"pentad": Pentad(), "pyseismic-lsr": Seismic()}.items()

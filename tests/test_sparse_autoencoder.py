@@ -52,6 +52,7 @@ def plain_codes(layer, x):
 def test_formulas(kind, tied, train):
     layer = layer_of(kind, tied=tied, l1_weight=0.01).train(train)
     layer.threshold.fill_(0.4)
+    layer.encoder_bias.data.sub_(1)  # so that some rows have fewer than three above 0
     x = torch.randn(30, 8, dtype=torch.float64)
     codes, directions = plain_codes(layer, x)
     # Sums of at most twenty products in double, in another order.
@@ -128,6 +129,14 @@ def test_idle_counts_the_rows_since_use(kind):
     assert torch.equal(layer.idle, before)
 
 
+def test_an_entry_of_zero_is_no_use():
+    layer = layer_of({"k": 3})
+    with torch.no_grad():
+        layer.encoder_bias.sub_(100)
+    layer(torch.randn(10, 8, dtype=torch.float64))
+    assert (layer.idle == 10).all()
+
+
 def test_the_threshold_is_the_average_of_the_smallest_kept():
     layer = layer_of(KINDS[1], threshold_decay=0.75)
     x = torch.randn(3, 10, 8, dtype=torch.float64)
@@ -140,7 +149,7 @@ def test_the_threshold_is_the_average_of_the_smallest_kept():
     want = 0.75 * (0.75 * smallest[0] + 0.25 * smallest[1]) + 0.25 * smallest[2]
     assert float(layer.threshold) == pytest.approx(want, rel=1e-6)  # kept in float32
     values = layer.eval().encode(x).values
-    assert 0 < float(values.min()) > float(layer.threshold)
+    assert 0 < float(values.detach().min()) > float(layer.threshold)
     one_by_one = torch.cat([layer.encode(row).values for row in x.view(30, 8)])
     torch.testing.assert_close(one_by_one, values)  # the batch does not matter
 

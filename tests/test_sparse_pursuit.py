@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from pentad.sparse import matching_pursuit, sparse_decode
+from pentad.sparse import _largest_product, matching_pursuit, sparse_decode
 
 torch = pytest.importorskip("torch")
 
@@ -135,7 +135,9 @@ def test_small_and_large_numbers(rng, scale):
     np.testing.assert_array_equal(got, want)
 
 
-def test_dictionaries_beyond_the_kernels_width(rng):
+@pytest.mark.parametrize("few", [0, 512])
+def test_dictionaries_beyond_the_kernels_width(rng, monkeypatch, few):
+    monkeypatch.setattr(_largest_product, "_FEW", few)
     dictionary = unit(rng, 70_000, 4)
     x = dictionary[[69_999, 3, 65_536]] * 2
     codes, residual = matching_pursuit(x, dictionary, 1)

@@ -122,7 +122,7 @@ void topk_py(const py::list& windows, const TensorView& indptr, const TensorView
              const TensorView& query_terms, const TensorView& query_weights, const Optional& mask,
              int64_t k, int64_t query_cut, double block_factor, double alpha,
              const TensorView& scores, const TensorView& positions) {
-  const char* op = "sparse.topk";
+  const char* op = "sparse.search";
   Documents documents;
   documents.forward = forward_of(indptr, terms, values, scale, op);
   const QueryRows rows(query_indptr, query_terms, query_weights, op);
@@ -183,7 +183,7 @@ void bind_sparse_index(py::module_& m) {
         py::arg("values"), py::arg("scale"), py::arg("first"), py::arg("last"));
   m.def("sparse_defect", defect_py, py::arg("terms"), py::arg("starts"), py::arg("scales"),
         py::arg("postings"), py::arg("documents"));
-  m.def("sparse_topk", topk_py, py::arg("windows"), py::arg("indptr"), py::arg("terms"),
+  m.def("sparse_search", topk_py, py::arg("windows"), py::arg("indptr"), py::arg("terms"),
         py::arg("values"), py::arg("scale"), py::arg("query_indptr"), py::arg("query_terms"),
         py::arg("query_weights"), py::arg("mask"), py::arg("k"), py::arg("query_cut"),
         py::arg("block_factor"), py::arg("alpha"), py::arg("scores"), py::arg("positions"));

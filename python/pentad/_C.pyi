@@ -380,7 +380,12 @@ def pq_assign(
 ) -> None: ...
 def pq_kmeans_start(x: Array, seed: int, centroids: Array) -> None: ...
 def pq_kmeans_steps(
-    x: Array, metric: str, iterations: int, centroids: Array, codes: Array
+    x: Array,
+    metric: str,
+    iterations: int,
+    centroids: Array,
+    codes: Array,
+    before: Array | None = None,
 ) -> bool: ...
 def matrix_update(
     state: Array,
@@ -580,3 +585,47 @@ def sparse_splade_count(x: Array, indptr: Array) -> None: ...
 def sparse_splade_compress(x: Array, indptr: Array, indices: Array, values: Array) -> None: ...
 def sparse_topk(x: Array, k: int, absolute: bool, indices: Array, values: Array | None) -> None: ...
 def sparse_topk_sparsify(x: Array, k: int, absolute: bool, out: Array) -> None: ...
+
+sparse_window: int
+
+class SparseWindowBuilder:
+    @property
+    def count(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def write(self, terms: Array, starts: Array, scales: Array, postings: Array) -> None: ...
+
+def sparse_build(
+    indptr: Array, terms: Array, values: Array, scale: Array | None, first: int, last: int
+) -> SparseWindowBuilder: ...
+def sparse_defect(
+    terms: Array, starts: Array, scales: Array, postings: Array, documents: int
+) -> str | None: ...
+def sparse_search(
+    windows: list[tuple[Array, Array, Array, Array]],
+    indptr: Array,
+    terms: Array,
+    values: Array,
+    scale: Array | None,
+    query_indptr: Array,
+    query_terms: Array,
+    query_weights: Array,
+    mask: Array | None,
+    k: int,
+    query_cut: int,
+    block_factor: float,
+    alpha: float,
+    scores: Array,
+    positions: Array,
+) -> None: ...
+def sparse_scores_at(
+    indptr: Array,
+    terms: Array,
+    values: Array,
+    scale: Array | None,
+    query_indptr: Array,
+    query_terms: Array,
+    query_weights: Array,
+    positions: Array,
+    scores: Array,
+) -> None: ...

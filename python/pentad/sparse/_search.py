@@ -36,7 +36,7 @@ def topk(windows, forward: Forward, queries, mask, k: int, options: Options | No
     nq = len(queries[0]) - 1
     scores, positions = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
     cut, block_factor, alpha = (None, 0.0, 1.0) if options is None else options
-    _C.sparse_topk(
+    _C.sparse_search(
         *(list(windows), *forward, *queries, mask, k),
         *(cut or 0, block_factor, alpha, scores, positions),
     )

@@ -13,8 +13,8 @@ MOST_SUMS = 1 << 20  # columns summed in an array of them all, however few value
 def flops_loss(activations, threshold=None):
     """The expected work of scoring: ``sum_j (mean_i |x_ij|) ** 2``.
 
-    Paria et al. 2020, "Minimizing FLOPs to Learn Efficient Sparse Representations", the relaxed regularizer,
-    as SPLADE has it. With `threshold`, rows of few activations count as zeros, so that
+    Paria et al. 2020, "Minimizing FLOPs to Learn Efficient Sparse Representations", the relaxed
+    regularizer, as SPLADE has it. With `threshold`, rows of few activations count as zeros, so that
     only long ones become shorter (Geng et al. 2025, "Towards Competitive Search Relevance For
     Inference-Free Learned Sparse Retrievers"). What `FlopsLoss` of sentence-transformers computes
     for activations that are not negative.

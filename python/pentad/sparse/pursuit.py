@@ -35,9 +35,8 @@ def matching_pursuit(x, dictionary, steps, *, absolute=False, tolerance=0.0):
     dictionary[j]>`` to code j and subtracts ``c * dictionary[j]`` from r (Mallat and Zhang 1993,
     "Matching Pursuits with Time-Frequency Dictionaries"; with the argmax of the signed products:
     Costa et al. 2025, "From Flat to Hierarchical: Extracting Sparse Representations with Matching
-    Pursuit", arXiv 2506.03093). The argmax is that of sums in double over rising
-    columns, rounded nowhere else, with ties to the smaller j: it does not depend on the batch, the
-    instruction set or the number of threads.
+    Pursuit", arXiv 2506.03093). The argmax of an r is that of sums in double
+    over rising columns, with ties to the smaller j, as `pentad.pq.assign` has it.
 
     Parameters
     ----------
