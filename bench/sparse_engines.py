@@ -74,8 +74,11 @@ class Engine:
     outer, inner
         Settings for the search: every one of the first, and of each kind the least of the second
         that finds enough. None are chosen where a search is exact.
+    slow
+        A search takes so long that it is made once, for its time and its check.
     """
 
+    slow = False
     outer: Sequence[Any] = ()
     inner: Sequence[Any] = ()
 
@@ -248,6 +251,8 @@ class Scipy(Engine):
 @dataclass(frozen=True)
 class Torch(Engine):
     """As util.dot_score of sentence-transformers: the sparse product, then all of it dense."""
+
+    slow = True
 
     def build(self, docs):
         return self.ask(docs)
