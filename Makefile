@@ -45,8 +45,9 @@ demo: install
 
 test: test-cpp test-sanitize test-python
 
+# A process for each core; a file's tests stay together. Threads that wait for work must not spin.
 test-python: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 build/cpp/build.ninja build/sanitize/build.ninja: $(DEPENDENCIES) CMakeLists.txt
 	$(BIN)/cmake -S . -B $(@D) $(CMAKE_ARGS) -DPENTAD_TESTS=ON \

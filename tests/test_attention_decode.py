@@ -240,7 +240,9 @@ def test_the_same_bits_for_any_number_of_threads(threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"window": (6, 0)}, {"sink": torch.randn(HQ)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": (6, 0)}, {"sink": torch.randn(HQ)}], ids=["", "window", "sink"]
+)
 @pytest.mark.parametrize("pages", [None, 5])
 def test_step_by_step_is_causal_attention(pages, options, dtype):
     q, k, v = new_tokens(24, dtype)

@@ -53,9 +53,9 @@ def test_typed():
     assert (Path(pentad.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 6])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 6, 7])
 def test_readme_examples_run(number, tmp_path, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 7
+    assert len(examples) == 8
     monkeypatch.chdir(tmp_path)
     exec(compile(examples[number], f"README example {number}", "exec"), {})

@@ -263,7 +263,8 @@ def test_leading_dimensions_and_nothing(kind):
     assert len(codes.indptr) == 7
     assert layer(x[0, 0]).reconstruction.shape == (8,)
     for train in (False, True):
-        out, codes, _ = layer.train(train)(x[:, :0])
+        out, codes, losses = layer.train(train)(x[:, :0])
+        assert [float(loss.detach()) for loss in losses] == [0, 0, 0, 0]
         assert out.shape == (2, 0, 8)
         assert codes.dense().shape == (0, 20)
 
@@ -336,6 +337,7 @@ def test_codes_go_into_scores_and_indexes(kind):
         ({"k": 3, "dead_after": 0}, ValueError, "dead_after is 0"),
         ({"k": 3, "aux_k": -1}, ValueError, "aux_k is -1"),
         ({"k": 3, "threshold_decay": 1}, ValueError, "threshold_decay is 1"),
+        ({"k": 3, "aux_weight": "a"}, TypeError, "aux_weight is 'a', expected a number"),
     ],
 )
 def test_errors(options, error, message):

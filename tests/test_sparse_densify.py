@@ -87,7 +87,7 @@ def test_layouts_and_dtypes(rng, layout, dtype):
 
 
 @pytest.mark.parametrize("stride", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_gated_products(rng, dtype, stride):
     q, d = lexical(rng, 4, 22, dtype), lexical(rng, 11, 22, dtype)
     q[1] = 0
@@ -97,8 +97,9 @@ def test_gated_products(rng, dtype, stride):
     want = (qv[:, None].astype(float) * dv * same).sum(-1)
     got = gated_inner_product(*pairs)
     assert got.dtype == dtype
-    # Five products in double, in another order, rounded once.
-    np.testing.assert_allclose(got, want, rtol=1e-15 if dtype == np.float64 else 1e-7)
+    # Five products in double, in another order, rounded once; to float16 by way of float32.
+    rtol = {np.float16: 2.0**-10, np.float32: 1e-7, np.float64: 1e-15}[dtype]
+    np.testing.assert_allclose(got, want, rtol=rtol)
     assert (want > 0).any()
     tensors = [tuple(map(torch.from_numpy, p)) for p in pairs]
     np.testing.assert_array_equal(gated_inner_product(*tensors), got)

@@ -212,6 +212,7 @@ X, D = np.zeros((2, 3)), np.eye(3)
         (lambda: matching_pursuit(X[0], D, 1), ValueError, r"x has shape \(3,\)"),
         (lambda: matching_pursuit(X, D, 0), ValueError, "steps is 0"),
         (lambda: matching_pursuit(X, D, 1, tolerance=1), ValueError, "tolerance is 1"),
+        (lambda: matching_pursuit(X, D, 1, tolerance="a"), TypeError, "tolerance is 'a'"),
         (lambda: matching_pursuit(X.astype(int), D, 1), TypeError, "x has dtype int64"),
     ],
 )

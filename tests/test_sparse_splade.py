@@ -352,6 +352,7 @@ def test_sparse_output_is_the_dense_one(rng, top_k, dtype):
     np.testing.assert_array_equal(numpy[0], np.concatenate([[0], np.cumsum((full != 0).sum(1))]))
     np.testing.assert_array_equal(numpy[1], np.nonzero(full)[1])
     np.testing.assert_array_equal(numpy[2], full[full != 0])
+    assert numpy[3] == 60
 
 
 def test_sparse_output_goes_into_scores(rng):
@@ -578,7 +579,7 @@ def test_the_backward_entry_refuses(change, error, message, dtype):
 
 def test_the_entries_of_rows_refuse():
     x = np.array([[1, 0, 2], [0, 0, 3]], np.float32)
-    indptr, indices, _ = splade_head(
+    indptr, indices, *_ = splade_head(
         np.ones((1, 1, 1), np.float32), x[:1].T.copy(), sparse_output=True
     )
     assert indptr.tolist() == indices.tolist() == [0, 2]

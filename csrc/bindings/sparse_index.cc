@@ -10,6 +10,7 @@
 
 #include "bindings/lists.h"
 #include "bindings/tensor_caster.h"
+#include "bindings/writes.h"
 #include "sparse/search.h"
 
 namespace py = pybind11;
@@ -65,25 +66,47 @@ Window window_of(const TensorView& terms, const TensorView& starts, const Tensor
   return window;
 }
 
-std::unique_ptr<WindowBuilder> build_py(const TensorView& indptr, const TensorView& terms,
-                                        const TensorView& values, const Optional& scale,
-                                        int64_t first, int64_t last) {
+// A builder reads the arrays again when it writes, so it holds on to them.
+struct HeldBuilder {
+  std::deque<ViewHolder> held;
+  std::unique_ptr<WindowBuilder> builder;
+};
+
+std::unique_ptr<HeldBuilder> build_py(const py::object& indptr, const py::object& terms,
+                                      const py::object& values, const py::object& scale,
+                                      int64_t first, int64_t last) {
   const char* op = "sparse.build";
-  const Forward forward = forward_of(indptr, terms, values, scale, op);
+  auto result = std::make_unique<HeldBuilder>();
+  const auto hold = [&](const py::object& array) -> const TensorView& {
+    result->held.emplace_back().borrow(array);
+    return result->held.back().view;
+  };
+  const TensorView &starts = hold(indptr), &columns = hold(terms), &entries = hold(values);
+  const Forward forward = forward_of(starts, columns, entries,
+                                     scale.is_none() ? std::nullopt : Optional(hold(scale)), op);
   if (first < 0 || first > last || last > forward.documents || last - first > kWindow)
     bad_value(op, "[" + std::to_string(first) + ", " + std::to_string(last) + ") is no window of " +
                       std::to_string(forward.documents) + " documents");
+  // Rows that overlap could ask for any amount of memory.
+  for (int64_t i = first; i < last; ++i)
+    if (forward.indptr[i] > forward.indptr[i + 1]) bad_value(op, "indptr descends");
   py::gil_scoped_release release;
-  return std::make_unique<WindowBuilder>(forward, first, last);
+  result->builder = std::make_unique<WindowBuilder>(forward, first, last);
+  return result;
 }
 
-void write_py(const WindowBuilder& builder, const TensorView& terms, const TensorView& starts,
+void write_py(const HeldBuilder& held, const TensorView& terms, const TensorView& starts,
               const TensorView& scales, const TensorView& postings) {
   const char* op = "sparse.build";
+  const WindowBuilder& builder = *held.builder;
   expect_output(terms, op, "terms", DType::i32, {builder.count()});
   expect_output(starts, op, "starts", DType::i64, {builder.count() + 1});
   expect_output(scales, op, "scales", DType::f32, {builder.count()});
   expect_output(postings, op, "postings", DType::u8, {builder.bytes()});
+  Writes writes(op);
+  writes.output("terms", terms), writes.output("starts", starts);
+  writes.output("scales", scales), writes.output("postings", postings);
+  writes.finish();
   py::gil_scoped_release release;
   builder.write(static_cast<int32_t*>(terms.data), static_cast<int64_t*>(starts.data),
                 static_cast<float*>(scales.data), static_cast<uint8_t*>(postings.data));
@@ -146,6 +169,13 @@ void topk_py(const py::list& windows, const TensorView& indptr, const TensorView
     bad_value(op, "query_cut, block_factor or alpha is out of range");
   expect_output(scores, op, "scores", DType::f32, {nq, k});
   expect_output(positions, op, "positions", DType::i64, {nq, k});
+  Writes writes(op);
+  for (const ViewHolder& array : held) writes.input("a window", array.view);
+  writes.input("indptr", indptr), writes.input("terms", terms), writes.input("values", values);
+  writes.input("scale", scale), writes.input("mask", mask);
+  writes.input("query_terms", query_terms), writes.input("query_weights", query_weights);
+  writes.output("scores", scores), writes.output("positions", positions);
+  writes.finish();
   py::gil_scoped_release release;
   topk(documents, rows.queries, k, {query_cut, block_factor, alpha},
        static_cast<float*>(scores.data), static_cast<int64_t*>(positions.data));
@@ -163,6 +193,12 @@ void scores_at_py(const TensorView& indptr, const TensorView& terms, const Tenso
   lists::expect_shape(candidates, op, "positions", {rows.queries.count, c});
   if (!is_contiguous(candidates)) bad_value(op, "positions are not contiguous");
   expect_output(scores, op, "scores", DType::f32, {rows.queries.count, c});
+  Writes writes(op);
+  writes.input("indptr", indptr), writes.input("terms", terms), writes.input("values", values);
+  writes.input("scale", scale), writes.input("positions", candidates);
+  writes.input("query_terms", query_terms), writes.input("query_weights", query_weights);
+  writes.output("scores", scores);
+  writes.finish();
   py::gil_scoped_release release;
   scores_at(forward, rows.queries, static_cast<const int64_t*>(candidates.data), c,
             static_cast<float*>(scores.data));
@@ -172,15 +208,13 @@ void scores_at_py(const TensorView& indptr, const TensorView& terms, const Tenso
 
 void bind_sparse_index(py::module_& m) {
   m.attr("sparse_window") = kWindow;
-  py::class_<WindowBuilder>(m, "SparseWindowBuilder")
-      .def_property_readonly("count", &WindowBuilder::count)
-      .def_property_readonly("bytes", &WindowBuilder::bytes)
+  py::class_<HeldBuilder>(m, "SparseWindowBuilder")
+      .def_property_readonly("count", [](const HeldBuilder& b) { return b.builder->count(); })
+      .def_property_readonly("bytes", [](const HeldBuilder& b) { return b.builder->bytes(); })
       .def("write", write_py, py::arg("terms"), py::arg("starts"), py::arg("scales"),
            py::arg("postings"));
-  // The builder reads the arrays again when it writes.
-  m.def("sparse_build", build_py, py::keep_alive<0, 1>(), py::keep_alive<0, 2>(),
-        py::keep_alive<0, 3>(), py::keep_alive<0, 4>(), py::arg("indptr"), py::arg("terms"),
-        py::arg("values"), py::arg("scale"), py::arg("first"), py::arg("last"));
+  m.def("sparse_build", build_py, py::arg("indptr"), py::arg("terms"), py::arg("values"),
+        py::arg("scale"), py::arg("first"), py::arg("last"));
   m.def("sparse_defect", defect_py, py::arg("terms"), py::arg("starts"), py::arg("scales"),
         py::arg("postings"), py::arg("documents"));
   m.def("sparse_search", topk_py, py::arg("windows"), py::arg("indptr"), py::arg("terms"),

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks the arguments of sparse/splade.h. Outputs are allocated by the caller.
+#include <algorithm>
 #include <string>
+#include <vector>
 
+#include "bindings/lists.h"
 #include "bindings/tensor_caster.h"
 #include "bindings/writes.h"
 #include "sparse/splade.h"
@@ -23,7 +26,8 @@ SpladeHead head_of(const TensorView& hidden, const TensorView& weight, const Opt
   expect(weight, kOp, "weight", {hidden.dtype}, 2);
   if (weight.shape[1] != hidden.shape[2])
     bad_value(kOp, "weight has shape " + shape_text(weight) + " but hidden " + shape_text(hidden));
-  if (hidden.shape[1] > INT32_MAX || hidden.shape[0] * hidden.shape[1] > INT32_MAX)
+  if (hidden.shape[1] > INT32_MAX ||
+      hidden.shape[0] > INT32_MAX / std::max<int64_t>(1, hidden.shape[1]))
     bad_value(kOp, "hidden has shape " + shape_text(hidden) + ", more than 2^31 - 1 tokens");
   if (bias) {
     expect(*bias, kOp, "bias", {hidden.dtype}, 1);
@@ -142,14 +146,14 @@ void compress_py(const TensorView& x, const TensorView& indptr, const TensorView
                  const TensorView& values) {
   expect_rows(x, "x");
   expect_output(indptr, kOp, "indptr", DType::i64, {x.shape[0] + 1});
-  const int64_t* starts = static_cast<const int64_t*>(indptr.data);
-  for (int64_t r = 0; r < x.shape[0]; ++r)
-    if (starts[0] != 0 || starts[r + 1] < starts[r]) bad_value(kOp, "indptr descends");
-  const int64_t count = starts[x.shape[0]];
+  const std::vector<int64_t> starts = lists::integers(indptr, kOp, "indptr");
+  if (starts[0] != 0 || !std::is_sorted(starts.begin(), starts.end()))
+    bad_value(kOp, "indptr descends");
+  const int64_t count = starts.back();
   expect_output(indices, kOp, "indices", DType::i64, {count});
   expect_output(values, kOp, "values", x.dtype, {count});
   py::gil_scoped_release release;
-  splade_compress(x.data, x.dtype, x.shape[0], x.shape[1], starts,
+  splade_compress(x.data, x.dtype, x.shape[0], x.shape[1], starts.data(),
                   static_cast<int64_t*>(indices.data), values.data);
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lloyd's k-means, plain or accelerated, of M independent sets of sub-vectors, with the assignment of assign.h. Results
-// depend on the seed and on nothing else: centroids are sums in double, in the order of the rows.
+// Lloyd's k-means, plain or accelerated, of M independent sets of sub-vectors, with the assignment
+// of assign.h. Results depend on the seed and on nothing else: centroids are sums in double, in the
+// order of the rows.
 #pragma once
 #include <cstdint>
 

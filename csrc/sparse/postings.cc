@@ -74,9 +74,9 @@ float scale_for(float most) {
 
 // The least byte b with value <= scale * b, which is exact in double.
 uint8_t byte_for(float value, float scale) {
-  if (!(scale > 0)) return 1;
+  if (!(scale > 0) || !(value > 0)) return 1;
   const double wide = scale;
-  auto b = static_cast<int>(std::min(std::ceil(value / wide), 255.0));
+  auto b = static_cast<int>(std::min(255.0, std::ceil(value / wide)));  // 255 for NaN
   while (b < 255 && wide * b < value) ++b;
   return static_cast<uint8_t>(std::max(b, 1));
 }

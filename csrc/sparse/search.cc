@@ -27,6 +27,7 @@ constexpr int64_t kMostSum = 65535;
 constexpr int64_t kVisibleTerms = 128;  // that can all add at least 1 to a sum
 constexpr int64_t kMostTerms = 4096;    // of the bounds; beyond, documents are scored one by one
 constexpr int64_t kGroup = 32;          // queries of one task
+constexpr int kRoomyBits = 20;          // of a table of weights, from which it is fuller
 constexpr float kShare = 0.97f;  // of the k-th bound: bounds are some tenths of a per cent high
 
 const SearchKernels& kernels() {
@@ -59,7 +60,7 @@ class Weights {
  public:
   void set(const int32_t* terms, const float* weights, int64_t count) {
     int bits = 10;
-    while (int64_t{1} << bits < 32 * count) ++bits;
+    while (int64_t{1} << bits < (bits < kRoomyBits ? 32 : 2) * count) ++bits;
     if (bits != bits_) slots_.assign(size_t{1} << (bits_ = bits), 0);
     else
       for (uint32_t at : used_) slots_[at] = 0;
@@ -97,7 +98,7 @@ class Weights {
   uint32_t hash(int32_t term) const {
     return static_cast<uint32_t>(term) * 2654435761u >> (32 - bits_);
   }
-  uint32_t next(uint32_t at) const { return (at + 1) & ((uint32_t{1} << bits_) - 1); }
+  uint32_t next(uint32_t at) const { return (at + 1) & static_cast<uint32_t>(slots_.size() - 1); }
 
   // First the entries whose slot is taken, without a branch, as no one could foresee it; then the
   // products of those whose term it is. 1,000 rows of 120 entries, 20 of them common: 1.3 times as
@@ -140,7 +141,9 @@ class Weights {
 class Limit {
  public:
   float get() const { return value_.load(std::memory_order_relaxed); }
+  // Infinity stands for bounds that are not known; those near the end of float32 are too coarse.
   void raise(float value) {
+    if (!(value >= 0x1p-100f && value < kInfinity)) return;
     float now = get();
     while (value > now && !value_.compare_exchange_weak(now, value, std::memory_order_relaxed)) {
     }
@@ -230,15 +233,16 @@ class Searcher {
       const int64_t sum = kth_sum(blocks, candidates.k());
       const bool k_exist =
           sum > 1 || kernels().count_from(sums_.get(), blocks, 1) >= candidates.k();
-      // Where fewer than k show a sum, all that have a common term must.
-      if (!k_exist && !visible_) return take_all(window, candidates);
-      if (k_exist) query.limit.raise(limit = bound_of(sum) * candidates.share());
+      if (k_exist) query.limit.raise(bound_of(sum) * candidates.share());
+      limit = query.limit.get();
     }
     const int64_t count = kernels().find_from(sums_.get(), blocks,
                                               static_cast<uint16_t>(needed(limit)), found_.get());
-    for (int64_t i = 0; i < count; ++i)
-      if (found_[i] < window.documents)
-        candidates.push(bound_of(sums_[found_[i]]), first_ + found_[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t d = found_[i];  // of those that `clear` took, where a sum of 0 is enough
+      if (d < window.documents && (!documents_.mask || documents_.mask[first_ + d]))
+        candidates.push(bound_of(sums_[d]), first_ + d);
+    }
     candidates.settle(query.limit);
   }
 
@@ -267,7 +271,9 @@ class Searcher {
       const int64_t place = begin - window.terms;
       const Postings postings = postings_of(window, place);
       const double most = 255.0 * window.scales[place] * query.weights[i];
-      if (postings.row || postings.count) terms_.push_back({postings, most, 0});
+      // Values that are all 0 add nothing; a scale that is no number comes from a broken file.
+      if ((postings.row || postings.count) && most > 0 && std::isfinite(most))
+        terms_.push_back({postings, most, 0});
     }
     const auto cut = static_cast<size_t>(pruning_.query_cut);
     if (!cut || terms_.size() <= cut) return;
@@ -289,9 +295,9 @@ class Searcher {
     double total = 0;
     for (const Term& term : terms_) total += term.most;
     const auto count = static_cast<int64_t>(terms_.size());
-    visible_ = count <= kVisibleTerms && total > 0;
+    visible_ = count <= kVisibleTerms;
     const int64_t least = visible_ ? 256 : 0;  // of a weight: any posting shows in the sum
-    unit_ = total > 0 ? static_cast<double>(kMostSum - count * (least + 1)) / total : 0;
+    unit_ = static_cast<double>(kMostSum - count * (least + 1)) / total;
     most_ = 0;
     for (Term& term : terms_) {
       const double weight = std::ceil(term.most * unit_ * (256.0 / 255));
@@ -533,8 +539,9 @@ void scores_at(const Forward& forward, const SparseQueries& queries, const int64
     Weights weights;
     weights.set(queries.terms + begin, queries.weights + begin, queries.indptr[q + 1] - begin);
     for (int64_t i = q * c; i < (q + 1) * c; ++i) {
-      const bool known = candidates[i] >= 0 && candidates[i] < forward.documents;
-      scores[i] = known ? weights.score(forward, candidates[i]) : -kInfinity;
+      const int64_t document = candidates[i];
+      const bool known = document >= 0 && document < forward.documents;
+      scores[i] = known ? weights.score(forward, document) : -kInfinity;
     }
   });
 }

@@ -346,11 +346,20 @@ struct Entries {
       const int64_t g = task / blocks, first = task % blocks * kBlockColumns;
       const int64_t* begin = starts.data() + g * (columns + 1) + first;
       std::vector<int64_t> next(begin, begin + std::min(kBlockColumns, columns - first));
+      // The arrays may have changed since they were counted: no more entries than then, and empty
+      // ones for those that are gone.
       each(task, [&](int64_t, int64_t v, int32_t row, float factor) {
-        const int64_t e = next[v - first]++;
+        const int64_t e = next[v - first];
+        if (e == begin[v - first + 1]) return;
         rows.get()[e] = row;
         factors.get()[e] = factor;
+        ++next[v - first];
       });
+      for (size_t i = 0; i < next.size(); ++i)
+        for (int64_t e = next[i]; e < begin[i + 1]; ++e) {
+          rows.get()[e] = static_cast<int32_t>(token_starts[g]);
+          factors.get()[e] = 0;
+        }
     });
     for (int64_t g = 0; g < groups; ++g)
       views.push_back({starts.data() + g * (columns + 1), rows.get(), factors.get()});

@@ -144,6 +144,44 @@ void test_search() {
   }
 }
 
+// Of many terms, of which one outweighs the others, not all show in a bound: a document without a
+// sum is a candidate, unless the mask excludes it.
+void test_many_terms_and_a_mask() {
+  constexpr int64_t n = 300, terms = 200, heavy = 20, k = 10;
+  Rows rows, query;
+  for (int64_t i = 0; i < n; ++i) {
+    if (i < heavy) rows.terms.push_back(0);
+    rows.terms.push_back(static_cast<int32_t>(1 + i % (terms - 1)));
+    rows.indptr.push_back(static_cast<int64_t>(rows.terms.size()));
+  }
+  rows.values.assign(rows.terms.size(), 1);
+  for (int32_t term = 0; term < terms; ++term) query.terms.push_back(term);
+  query.values.assign(terms, 20);
+  query.values[0] = 1e6;
+  query.indptr.push_back(terms);
+  std::vector<uint8_t> mask(n, 1);
+  std::fill_n(mask.begin(), heavy - 2, uint8_t{0});
+  Documents documents;
+  documents.forward = {rows.indptr.data(),
+                       rows.terms.data(),
+                       rows.values.data(),
+                       DType::f32,
+                       nullptr,
+                       n,
+                       static_cast<int64_t>(rows.terms.size())};
+  const BuiltWindow window(documents.forward, 0, n);
+  documents.windows = {window.view()};
+  documents.mask = mask.data();
+  std::vector<float> want(k), got(k);
+  std::vector<int64_t> want_at(k), got_at(k);
+  topk_reference(documents, view(query), k, want.data(), want_at.data());
+  for (const Pruning& pruning : {Pruning{}, Pruning{0, 0, 0.5}}) {
+    topk(documents, view(query), k, pruning, got.data(), got_at.data());
+    CHECK(got == want);
+    CHECK(got_at == want_at);
+  }
+}
+
 // A smaller alpha finds no fewer of the best.
 void test_alpha_rises() {
   const Index index(4000, 300, 40);
@@ -208,6 +246,7 @@ int main() {
   for (const Isa level : isa_available()) {
     set_isa(level);
     test_search();
+    test_many_terms_and_a_mask();
     test_alpha_rises();
     test_defects();
   }

@@ -74,16 +74,39 @@ def rows_of(op: str, name: str, x, *, vocab: int | None = None) -> Rows:
     values that are not finite.
     """
     parts = parts_of(op, name, x)
-    columns = columns_of(op, name, parts, vocab)
-    dtype = dtype_name(parts.values)
-    indptr, indices, values = (to_numpy(a) for a in parts[:3])
-    rows = canonical(op, name, indptr, indices, values, columns, dtype)
+    rows = _rows_of_parts(op, name, parts, vocab)
     if parts.order is None:
         return rows
     order = to_numpy(parts.order)
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order)) if rows.place is None else rows.place
     return rows._replace(place=place)
+
+
+def rows_and_values(op: str, name: str, x, *, vocab: int | None = None):
+    """The checked rows, and their values in the caller's kind, float32 or float64.
+
+    Those of tensors lead the gradient to the caller's. Raises as `rows_of`.
+    """
+    parts = parts_of(op, name, x)
+    rows = _rows_of_parts(op, name, parts, vocab)
+    if isinstance(parts.values, np.ndarray):
+        return rows, rows.values
+    import torch
+
+    double = parts.values.dtype == torch.float64
+    values = parts.values.to(torch.float64 if double else torch.float32)
+    if rows.place is not None:
+        sums = values.new_zeros(len(rows.values))
+        values = sums.index_add(0, torch.from_numpy(rows.place), values)
+    return rows, values
+
+
+def _rows_of_parts(op, name, parts, vocab) -> Rows:
+    """Rows whose `place` counts the entries of `parts`."""
+    columns = columns_of(op, name, parts, vocab)
+    arrays = (to_numpy(a) for a in parts[:3])
+    return canonical(op, name, *arrays, columns, dtype_name(parts.values))
 
 
 def columns_of(op: str, name: str, parts: Parts, vocab: int | None) -> int | None:
@@ -151,6 +174,11 @@ def parts_of(op: str, name: str, x) -> Parts:
             f"[{op}] {name} has {parts.indices.shape[0]} indices but {parts.values.shape[0]} values"
         )
     return parts
+
+
+def is_dense(x) -> bool:
+    """Whether x is an array or a tensor, and no sparse one."""
+    return isinstance(x, np.ndarray) or str(getattr(x, "layout", "")) == "torch.strided"
 
 
 def check_columns(op, name, columns):

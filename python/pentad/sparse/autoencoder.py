@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pentad._checks import check_choice, check_count
 from pentad.sparse import topk_autograd
+from pentad.sparse._checks import check_number
 from pentad.sparse.decode import decode_pairs, decode_rows, sparse_decode
 from pentad.sparse.topk import SparseCodes
 
@@ -135,14 +136,15 @@ class SparseAutoencoder(nn.Module):
         self.activation = activation
         self.tied = bool(tied)
         relu = activation == "relu"
-        self.l1_weight = (1e-3 if relu else 0.0) if l1_weight is None else float(l1_weight)
+        l1_weight = (1e-3 if relu else 0.0) if l1_weight is None else l1_weight
+        self.l1_weight = check_number(op, "l1_weight", l1_weight)
         aux_k = (0 if relu else max(1, self.dim // 2)) if aux_k is None else aux_k
         self.aux_k = check_count(op, "aux_k", aux_k)
-        self.aux_weight = float(aux_weight)
+        self.aux_weight = check_number(op, "aux_weight", aux_weight)
         self.dead_after = check_count(op, "dead_after", dead_after, 1)
-        if not 0 <= threshold_decay < 1:
+        self.threshold_decay = check_number(op, "threshold_decay", threshold_decay)
+        if not 0 <= self.threshold_decay < 1:
             raise ValueError(f"[{op}] threshold_decay is {threshold_decay}, expected 0 to below 1")
-        self.threshold_decay = float(threshold_decay)
         options = {"device": device, "dtype": dtype}
         self.decoder = nn.Parameter(torch.empty(self.features, self.dim, **options))
         self.encoder = None if tied else nn.Parameter(torch.empty_like(self.decoder))
@@ -200,7 +202,7 @@ class SparseAutoencoder(nn.Module):
             self._count(codes, len(rows))
             if self.aux_k and self.aux_weight:
                 auxiliary = self._auxiliary(pre, error.detach(), dictionary)
-        reconstruction = error.square().mean()
+        reconstruction = _mean_square(error)
         sparsity = _wide(codes.values).sum() / max(1, len(rows))
         total = reconstruction + self.aux_weight * auxiliary
         if self.l1_weight:
@@ -263,7 +265,12 @@ class SparseAutoencoder(nn.Module):
         dead_pre = pre.masked_fill(~dead, -math.inf)
         indices, values = topk_autograd.pairs(dead_pre, min(self.aux_k, count))
         made = decode_pairs(indices, values.relu(), dictionary)
-        return (error - _wide(made)).square().mean()
+        return _mean_square(error - _wide(made))
+
+
+def _mean_square(error):
+    """0 of no rows."""
+    return error.square().mean() if error.numel() else error.sum()
 
 
 def _wide(x):

@@ -11,11 +11,11 @@ from itertools import chain
 import numpy as np
 
 from pentad._checks import check_choice
-from pentad.sparse._csr import rows_of
+from pentad.sparse._checks import check_number
+from pentad.sparse._csr import MOST_COLUMNS, rows_of
 
 VARIANTS = ("lucene", "robertson", "atire", "bm25l", "bm25+")
 _DELTA = {"bm25l": 0.5, "bm25+": 1.0}
-_LARGEST = 2**31 - 1  # columns
 
 
 class Bm25:
@@ -320,10 +320,7 @@ def _options(op, k1, b, delta, variant, shifted):
         if value is None:
             options[name] = None
             continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"[{op}] {name} is {value!r}, expected a number") from None
+        number = check_number(op, name, value)
         if not 0 <= number <= top or number == math.inf:
             expected = "from 0 to 1" if top == 1 else "finite and at least 0"
             raise ValueError(f"[{op}] {name} is {value!r}, expected {expected}")
@@ -361,10 +358,10 @@ def _of_tokens(op, documents):
     first = next(chain.from_iterable(documents), "")
     if not isinstance(first, (str, bytes)):
         indptr, ids = _flat_ids(op, "corpus_tokens", documents)
-        if ids.min() < 0 or ids.max() >= _LARGEST:
+        if ids.min() < 0 or ids.max() >= MOST_COLUMNS:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise ValueError(
-                f"[{op}] corpus_tokens has the id {wrong}, expected 0 to {_LARGEST - 1}"
+                f"[{op}] corpus_tokens has the id {wrong}, expected 0 to {MOST_COLUMNS - 1}"
             )
         return range(int(ids.max()) + 1), indptr, ids
     indptr = _indptr(documents)
@@ -421,8 +418,8 @@ def _flat_ids(op, name, documents):
             ids = np.array(tokens, object)
     if ids.dtype.kind not in "iu" or ids.ndim != 1:
         raise TypeError(f"[{op}] {name} has tokens of other kinds than int, expected int alone")
-    if ids.dtype == np.uint64 and len(ids) and ids.max() >= _LARGEST:
-        raise ValueError(f"[{op}] {name} has the id {ids.max()}, expected 0 to {_LARGEST - 1}")
+    if ids.dtype == np.uint64 and len(ids) and ids.max() >= MOST_COLUMNS:
+        raise ValueError(f"[{op}] {name} has the id {ids.max()}, expected 0 to {MOST_COLUMNS - 1}")
     return _indptr(documents), ids.astype(np.int64)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from pentad._arrays import is_numpy, like
 from pentad._checks import FLOATS, check_dtype
 from pentad.pq.lookup import INTEGERS, lookup
-from pentad.sparse._csr import parts_of, rows_of
+from pentad.sparse._csr import rows_and_values
 
 
 def sparse_decode(codes, dictionary, bias=None):
@@ -64,8 +64,9 @@ def sparse_decode(codes, dictionary, bias=None):
     if isinstance(codes, tuple) and len(codes) == 2:
         indices, values = _pair(op, *codes, dictionary)
         return decode_pairs(indices, values, dictionary, bias)
-    indptr, indices, values, _ = differentiable_rows(op, "codes", codes, vocab=dictionary.shape[0])
+    rows, values = rows_and_values(op, "codes", codes, vocab=dictionary.shape[0])
     is_numpy(op, codes=values, dictionary=dictionary)
+    indptr, indices = like(values, rows.indptr), like(values, rows.indices)
     return decode_rows(indptr, indices, values, dictionary, bias)
 
 
@@ -89,30 +90,6 @@ def decode_rows(indptr, indices, values, dictionary, bias=None):
     if bias is None:
         return out
     return out + (bias.astype(out.dtype) if isinstance(bias, np.ndarray) else bias.to(out.dtype))
-
-
-def differentiable_rows(op, name, x, *, vocab=None):
-    """(indptr, indices, values, columns) in the kind of what the caller gave.
-
-    Checked, rising in each row and without duplicates; `values`, of float32 or float64, leads the
-    gradient to the caller's.
-    """
-    parts = parts_of(op, name, x)
-    # As a tuple, for then `place` counts the entries of `parts`.
-    given = (*parts[:3],) if parts.columns is None else (*parts[:3], parts.columns)
-    rows = rows_of(op, name, given, vocab=vocab)
-    columns = rows.shape[1]
-    if isinstance(parts.values, np.ndarray):
-        return rows.indptr, rows.indices, rows.values, columns
-    import torch
-
-    indptr, indices = like(parts.values, rows.indptr), like(parts.values, rows.indices)
-    wide = torch.float64 if parts.values.dtype == torch.float64 else torch.float32
-    values = parts.values.to(wide)
-    if rows.place is not None:
-        sums = torch.zeros(len(indices), dtype=wide)
-        values = sums.index_add(0, torch.from_numpy(rows.place), values)
-    return indptr, indices, values, columns
 
 
 def _pair(op, indices, values, dictionary):

@@ -7,8 +7,7 @@ import numpy as np
 
 from pentad._arrays import is_numpy, to_numpy
 from pentad._checks import FLOATS, check_count, check_dtype
-from pentad.sparse._csr import MOST_COLUMNS
-from pentad.sparse.decode import differentiable_rows
+from pentad.sparse._csr import MOST_COLUMNS, is_dense, rows_and_values
 from pentad.sparse.topk import SparseCodes
 
 
@@ -78,7 +77,7 @@ def sliced_densify(x, slices, *, stride=False):
     """
     op = "sparse.sliced_densify"
     slices = check_count(op, "slices", slices, 1)
-    if _is_dense(x):
+    if is_dense(x):
         numpy = is_numpy(op, x=x)
         check_dtype(op, "x", x, FLOATS)
         if x.ndim != 2:
@@ -91,9 +90,9 @@ def sliced_densify(x, slices, *, stride=False):
         return Densified(*densify_torch.dense(x, slices, stride))
     if isinstance(x, tuple) and len(x) == 3:
         raise ValueError(f"[{op}] x has no width, expected (indptr, indices, values, V)")
-    indptr, indices, values, columns = differentiable_rows(op, "x", x)
-    _check_slices(op, slices, columns)
-    return Densified(*_sparse(indptr, indices, values, columns, slices, stride))
+    rows, values = rows_and_values(op, "x", x)
+    _check_slices(op, slices, rows.shape[1])
+    return Densified(*_sparse(rows, values, slices, stride))
 
 
 def gated_inner_product(queries, docs):
@@ -109,7 +108,7 @@ def gated_inner_product(queries, docs):
 
     Returns
     -------
-    (nq, n) float32, or float64 where values are
+    (nq, n) of the dtype that the values' promote to
         As `pentad.sparse.score` has it: the double sum over rising terms, rounded.
 
     Raises
@@ -142,12 +141,6 @@ def gated_inner_product(queries, docs):
 # --- Parts ----------------------------------------------------------------------------------------
 
 
-def _is_dense(x):
-    if isinstance(x, np.ndarray):
-        return True
-    return str(getattr(x, "layout", "")) == "torch.strided"
-
-
 def _check_slices(op, slices, columns):
     if slices > columns:
         raise ValueError(f"[{op}] slices are {slices}, but x has only {columns} columns")
@@ -170,15 +163,14 @@ def _dense_numpy(x, slices, stride):
     return Densified(values, ids)
 
 
-def _sparse(indptr, indices, values, columns, slices, stride):
+def _sparse(rows, values, slices, stride):
     """The entries are chosen in numpy; their values are gathered in the caller's kind."""
     numpy = isinstance(values, np.ndarray)
     given = values if numpy else to_numpy(values)
-    indptr, indices = (np.asarray(a) for a in (indptr, indices))
-    n, width = len(indptr) - 1, -(-columns // slices)
+    n, width = rows.shape[0], -(-rows.shape[1] // slices)
     entry = np.flatnonzero(given > 0)
-    row = np.repeat(np.arange(n), np.diff(indptr))[entry]
-    term = indices[entry].astype(np.int64)
+    row = np.repeat(np.arange(n), np.diff(rows.indptr))[entry]
+    term = rows.indices[entry].astype(np.int64)
     slot = row * slices + (term % slices if stride else term // width)
     order = np.lexsort((term, -given[entry], slot))
     slot, first = np.unique(slot[order], return_index=True)

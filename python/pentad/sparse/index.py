@@ -7,6 +7,7 @@ from pentad._arrays import like
 from pentad._checks import check_choice, check_count
 from pentad._index import Index, SearchResult, check_ids
 from pentad.sparse import _documents
+from pentad.sparse._checks import check_number
 from pentad.sparse._csr import MOST_COLUMNS, rows_of
 from pentad.sparse._documents import LARGEST, MOST, VALUES, Documents, Postings, Queries
 from pentad.sparse.search_reference import Options
@@ -45,7 +46,8 @@ class SparseIndex(Index):
 
     Sparse vectors are torch sparse CSR or COO tensors, scipy.sparse matrices, or tuples
     (indptr, indices, values) or (indptr, indices, values, vocab_size) of numpy arrays or tensors.
-    Their terms may stand in any order; values of a term that is given twice are summed.
+    Their terms may stand in any order; values of a term that is given twice are summed, and those
+    of other floats are rounded to float32.
 
     Parameters
     ----------
@@ -287,21 +289,14 @@ def _options(op, exact, query_cut, block_factor, alpha) -> Options | None:
     if query_cut is not None:
         given["query_cut"] = check_count(op, "query_cut", query_cut, 1)
     if block_factor is not None:
-        given["block_factor"] = factor = _number(op, "block_factor", block_factor)
+        given["block_factor"] = factor = check_number(op, "block_factor", block_factor)
         if not 0 <= factor < np.inf:
             raise ValueError(f"[{op}] block_factor is {factor}, expected at least 0, finite")
     if alpha is not None:
-        given["alpha"] = _number(op, "alpha", alpha)
+        given["alpha"] = check_number(op, "alpha", alpha)
         if not 0 < given["alpha"] <= 1:
             raise ValueError(f"[{op}] alpha is {alpha}, expected more than 0, at most 1")
     return _DEFAULT._replace(**given)
-
-
-def _number(op, name, value) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"[{op}] {name} is {value!r}, expected a number") from None
 
 
 __all__ = ["SparseIndex"]

@@ -3,9 +3,9 @@
 
 import numpy as np
 
-from pentad._arrays import is_numpy, to_numpy
+from pentad._arrays import is_numpy
 from pentad._checks import FLOATS, check_count, check_dtype
-from pentad.sparse._csr import canonical, parts_of
+from pentad.sparse._csr import is_dense, rows_and_values
 
 MOST_SUMS = 1 << 20  # columns summed in an array of them all, however few values there are
 
@@ -46,7 +46,7 @@ def flops_loss(activations, threshold=None):
     op = "sparse.flops_loss"
     if threshold is not None:
         threshold = check_count(op, "threshold", threshold)
-    if not _is_dense(activations):
+    if not is_dense(activations):
         return _sparse_flops(op, activations, threshold)
     x = _dense(op, activations)
     if threshold is not None:
@@ -74,8 +74,8 @@ def l1_loss(activations):
     3.0
     """
     op = "sparse.l1_loss"
-    if not _is_dense(activations):
-        rows, values = _rows(op, activations)
+    if not is_dense(activations):
+        rows, values = rows_and_values(op, "activations", activations)
         return abs(values).sum() / max(rows.shape[0], 1)
     x = _dense(op, activations)
     return abs(x).sum() / max(x.shape[0], 1)
@@ -83,12 +83,6 @@ def l1_loss(activations):
 
 def count_nonzero(x):
     return (x != 0).sum(1)
-
-
-def _is_dense(x):
-    if isinstance(x, np.ndarray):
-        return True
-    return hasattr(x, "__torch_function__") and str(getattr(x, "layout", "")) == "torch.strided"
 
 
 def _dense(op, x):
@@ -106,25 +100,8 @@ def _wide(x):
     return x if "float64" in str(x.dtype) else x.float()
 
 
-def _rows(op, x):
-    """The checked rows, and their values as the caller's kind, differentiable."""
-    parts = parts_of(op, "activations", x)
-    arrays = (to_numpy(a) for a in parts[:3])
-    dtype = str(parts.values.dtype).removeprefix("torch.")
-    rows = canonical(op, "activations", *arrays, parts.columns, dtype)
-    if isinstance(parts.values, np.ndarray):
-        return rows, rows.values
-    values = _wide(parts.values)
-    if rows.place is None:
-        return rows, values
-    import torch
-
-    sums = values.new_zeros(len(rows.values))
-    return rows, sums.index_add(0, torch.from_numpy(rows.place), values)
-
-
 def _sparse_flops(op, x, threshold):
-    rows, values = _rows(op, x)
+    rows, values = rows_and_values(op, "activations", x)
     values, columns = abs(values), rows.indices
     if threshold is not None:
         row = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))

@@ -8,6 +8,7 @@ import numpy as np
 from pentad._arrays import dtype_name, is_numpy
 from pentad._checks import FLOATS, check_count, check_dtype
 from pentad.sparse import _largest_product as _search
+from pentad.sparse._checks import check_number
 from pentad.sparse.topk import SparseCodes
 
 _SLACK = 0.01  # of a squared length: sixteen-bit floats are off by a third of it
@@ -67,7 +68,7 @@ def matching_pursuit(x, dictionary, steps, *, absolute=False, tolerance=0.0):
         For numbers that are not finite, rows of `dictionary` that are not of length 1 within half a
         percent, and sizes that do not match.
     TypeError
-        For what are no floats.
+        For what are no floats, and a `tolerance` that is no number.
 
     Examples
     --------
@@ -89,6 +90,7 @@ def matching_pursuit(x, dictionary, steps, *, absolute=False, tolerance=0.0):
             "expected (n, d) and (V, d) with V and d of at least 1"
         )
     steps = check_count(op, "steps", steps, 1)
+    tolerance = check_number(op, "tolerance", tolerance)
     if not 0 <= tolerance < 1:
         raise ValueError(f"[{op}] tolerance is {tolerance}, expected 0 to below 1")
     double = "float64" in (dtype_name(x), dtype_name(dictionary))

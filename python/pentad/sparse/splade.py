@@ -66,7 +66,7 @@ def splade_head(
     -------
     (B, V) of hidden's dtype
         With `sparse_output`, a torch sparse CSR tensor whose values carry the gradient, or, for
-        numpy arrays, the tuple (indptr, indices, values) of it. Sums of logits are in float32
+        numpy arrays, the tuple (indptr, indices, values, V). Sums of logits are in float32
         (float64 for float64); results are the same for any number of threads. Under
         ``torch.autocast`` float32 arguments become its dtype, as those of a linear layer do.
 
@@ -88,7 +88,7 @@ def splade_head(
     >>> np.expm1(pentad.sparse.splade_head(hidden, weight, attention_mask=mask)).round(6)
     array([[1., 2., 0.],
            [0., 1., 0.]])
-    >>> indptr, indices, values = pentad.sparse.splade_head(
+    >>> indptr, indices, values, columns = pentad.sparse.splade_head(
     ...     hidden, weight, attention_mask=mask, sparse_output=True, top_k=1
     ... )
     >>> indptr, indices
@@ -120,7 +120,7 @@ def splade_head(
     _C.sparse_splade_head(*given, out, None, None)
     if top_k is not None:
         _C.sparse_splade_keep(out, top_k)
-    return compressed(out) if sparse_output else out
+    return (*compressed(out), out.shape[1]) if sparse_output else out
 
 
 def compressed(x):
