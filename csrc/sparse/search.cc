@@ -290,7 +290,8 @@ class Searcher {
                  terms_.end());
   }
 
-  // Weights in a unit by which the sums stay below 2^16.
+  // Weights in a unit by which the sums stay below 2^16. Of many terms, one that holds nearly all of
+  // the total may be cut off at 65,535: by less than the 1 that every term is granted for rounding.
   void weigh() {
     double total = 0;
     for (const Term& term : terms_) total += term.most;

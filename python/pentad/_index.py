@@ -265,9 +265,13 @@ class Index:
         return mask
 
     def _radius(self, radius) -> float:
-        radius = float(radius)
+        op = self._op("range_search")
+        try:
+            radius = float(radius)
+        except (TypeError, ValueError):
+            raise TypeError(f"[{op}] radius is {radius!r}, expected a number") from None
         if np.isnan(radius):
-            raise ValueError(f"[{self._op('range_search')}] radius is NaN")
+            raise ValueError(f"[{op}] radius is NaN")
         return radius
 
     def _best(self, given, found: np.ndarray, by: str, k: int):

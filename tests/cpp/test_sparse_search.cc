@@ -120,7 +120,7 @@ void test_search() {
     const int64_t most = draw({0, 3, 15, 300});
     for (int64_t q = draw({1, 2, 40}); q > 0; --q)
       rows.add(std::min<int64_t>(vocabulary, 2147483647), most, chance(0.3),
-               std::pow(10.0, static_cast<double>(draw({-25, 0, 0, 25}))));
+               std::pow(10.0, static_cast<double>(draw({-44, -25, 0, 0, 25}))));
     const SparseQueries queries = view(rows);
     for (int64_t k : {int64_t{1}, draw({3, 10, 200}), n + 2}) {
       if (large && k > 200) continue;
