@@ -351,3 +351,19 @@ def test_the_kernel_refuses_too():
         _C.sparse_topk_sparsify(X, -1, False, out)
     with pytest.raises(ValueError, match="share"):
         _C.sparse_topk_sparsify(X, 2, False, X)
+
+
+def test_decoding_of_rows_compiles():
+    codes = torch.tensor([0, 2, 4]), torch.tensor([3, 1, 0, 9])
+    values = torch.rand(4, requires_grad=True)
+    dictionary = torch.randn(10, 6, requires_grad=True)
+
+    def decode(values, dictionary):
+        return sparse_decode((*codes, values, 10), dictionary)
+
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    results = [f(values, dictionary) for f in (decode, compiled)]
+    assert torch.equal(*results)
+    grads = [torch.autograd.grad(r.square().sum(), (values, dictionary)) for r in results]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)

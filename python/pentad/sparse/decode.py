@@ -64,6 +64,9 @@ def sparse_decode(codes, dictionary, bias=None):
     if isinstance(codes, tuple) and len(codes) == 2:
         indices, values = _pair(op, *codes, dictionary)
         return decode_pairs(indices, values, dictionary, bias)
+    if isinstance(codes, tuple) and len(codes) > 2 and _is_traced(codes[2]):
+        # The kernel checks them when they are at hand, and sums duplicates like others.
+        return decode_rows(*codes[:3], dictionary, bias)
     rows, values = rows_and_values(op, "codes", codes, vocab=dictionary.shape[0])
     is_numpy(op, codes=values, dictionary=dictionary)
     indptr, indices = like(values, rows.indptr), like(values, rows.indices)
@@ -108,6 +111,10 @@ def _pair(op, indices, values, dictionary):
             first = indices[wrong].reshape(-1)[0].item()
             raise ValueError(f"[{op}] codes have an index {first}, expected 0 to {rows - 1}")
     return indices, values
+
+
+def _is_traced(values):
+    return hasattr(values, "detach") and not _may_read(values)
 
 
 def _may_read(tensor):
