@@ -491,7 +491,7 @@ REFUSED = {
     "rescored beyond memory": (lambda i: i.search(V, 2**42, rescore="bits"), MemoryError, None),
     "range NaN": (lambda i: i.range_search(V, np.nan), ValueError, "radius is NaN"),
     "range queries": (lambda i: i.range_search(V[:, :5], 1), ValueError, "5 columns"),
-    "range text": (lambda i: i.range_search(V, "x"), ValueError, None),
+    "range text": (lambda i: i.range_search(V, "x"), TypeError, "radius is 'x'"),
     "remove twice": (lambda i: i.remove([1, 1]), ValueError, "1 is given twice"),
     "remove negative": (lambda i: i.remove([-1]), ValueError, "negative"),
     "remove float": (lambda i: i.remove([1.0]), TypeError, "dtype float64"),

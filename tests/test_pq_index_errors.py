@@ -72,7 +72,7 @@ REFUSED = {
     "search beyond memory": (lambda i: i.search(V, 2**42), MemoryError, None),
     "range NaN": (lambda i: i.range_search(V, np.nan), ValueError, "radius is NaN"),
     "range queries": (lambda i: i.range_search(V[:, :5], 1), ValueError, "5 columns"),
-    "range text": (lambda i: i.range_search(V, "x"), ValueError, None),
+    "range text": (lambda i: i.range_search(V, "x"), TypeError, "radius is 'x'"),
     "remove twice": (lambda i: i.remove([1, 1]), ValueError, "1 is given twice"),
     "remove negative": (lambda i: i.remove([-1]), ValueError, "negative"),
     "remove scalar": (lambda i: i.remove(1), ValueError, "one dimension"),
