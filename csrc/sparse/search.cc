@@ -225,7 +225,7 @@ class Searcher {
     if (limit > 0) drop_blocks(limit);
     if (terms_.empty()) return;
     weigh();
-    if (needed(limit) > most_) return;
+    if (needed(limit) > most_) return;  // no document of the window can reach it
     const int64_t blocks = row_bytes(window.documents) / kRowBlock;
     add(blocks);
     if (documents_.mask) kernels().clear(documents_.mask + first_, window.documents, sums_.get());
@@ -236,8 +236,10 @@ class Searcher {
       if (k_exist) query.limit.raise(bound_of(sum) * candidates.share());
       limit = query.limit.get();
     }
-    const int64_t count = kernels().find_from(sums_.get(), blocks,
-                                              static_cast<uint16_t>(needed(limit)), found_.get());
+    const int64_t from = needed(limit);
+    if (from > most_) return;  // by a limit that another thread has raised meanwhile
+    const int64_t count =
+        kernels().find_from(sums_.get(), blocks, static_cast<uint16_t>(from), found_.get());
     for (int64_t i = 0; i < count; ++i) {
       const int64_t d = found_[i];  // of those that `clear` took, where a sum of 0 is enough
       if (d < window.documents && (!documents_.mask || documents_.mask[first_ + d]))
