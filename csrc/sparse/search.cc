@@ -338,8 +338,22 @@ class Searcher {
                            term.weight, sums_.get());
   }
 
-  // The largest sum that at least k documents of the window have; 1 where fewer have one.
-  int64_t kth_sum(int64_t blocks, int64_t k) const {
+  // The largest sum that at least k documents of the window have; 1 where fewer have one. What k
+  // of a sixteenth have, at least k of all have: they are few, and the k-th of them is the answer.
+  // 65,536 documents: 2 passes over the sums where a bisection of all takes 16, 20 us.
+  int64_t kth_sum(int64_t blocks, int64_t k) {
+    const int64_t least = bisect(blocks / 16, k);
+    if (least == 1) return bisect(blocks, k);
+    const int64_t count =
+        kernels().find_from(sums_.get(), blocks, static_cast<uint16_t>(least), found_.get());
+    order_.clear();
+    for (int64_t i = 0; i < count; ++i) order_.push_back(sums_[found_[i]]);
+    std::nth_element(order_.begin(), order_.begin() + (k - 1), order_.end(), std::greater<>());
+    return order_[k - 1];
+  }
+
+  // The same of the first blocks.
+  int64_t bisect(int64_t blocks, int64_t k) const {
     int64_t low = 1, high = kMostSum;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
@@ -355,7 +369,7 @@ class Searcher {
   AlignedBuffer<uint16_t> sums_, found_;
   std::vector<Term> terms_;
   std::vector<const uint8_t*> rows_;
-  std::vector<uint16_t> row_weights_;
+  std::vector<uint16_t> row_weights_, order_;
   int64_t first_ = 0;  // document of the window
   double unit_ = 0;    // of a score, in the sums
   int64_t most_ = 0;   // that a sum can be
@@ -486,7 +500,8 @@ void topk(const Documents& documents, const SparseQueries& queries, int64_t k,
         searcher.search(w, all[q], candidates[q * parts + part]);
   });
   const uint32_t zero = key_from_float(0);
-  parallel_for_if(worth, nq, [&](int64_t q) {
+  // Few queries are settled one after the other, each by all threads.
+  parallel_for_if(worth && nq >= 2 * threads, nq, [&](int64_t q) {
     Query& query = all[q];
     Candidates gathered;
     gathered.start(keep, candidates[q * std::max<int64_t>(parts, 1)].share());
