@@ -49,18 +49,14 @@ test: test-cpp test-sanitize test-python
 test-python: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-# In the tree of the package, whose kernels are compiled already: build/cpp leads there.
-TREE = $(notdir $(firstword $(wildcard build/cp3*-linux_*)))
-
-test-cpp: install
-	$(BIN)/cmake -S . -B build/$(TREE) -DPENTAD_TESTS=ON -DPENTAD_BENCH=ON
-	$(BIN)/cmake --build build/$(TREE)
-	rm -rf build/cpp && ln -s $(TREE) build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure
-
-build/sanitize/build.ninja: $(DEPENDENCIES) CMakeLists.txt
+build/cpp/build.ninja build/sanitize/build.ninja: $(DEPENDENCIES) CMakeLists.txt
 	$(BIN)/cmake -S . -B $(@D) $(CMAKE_ARGS) -DPENTAD_TESTS=ON \
-	  -DPENTAD_SANITIZE=address,undefined
+	  $(if $(findstring sanitize,$@),-DPENTAD_SANITIZE=address$(comma)undefined,-DPENTAD_BENCH=ON)
+comma := ,
+
+test-cpp: build/cpp/build.ninja
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
 # The same tests under the address and undefined-behaviour sanitizers.
 test-sanitize: build/sanitize/build.ninja
