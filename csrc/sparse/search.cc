@@ -486,7 +486,9 @@ void topk(const Documents& documents, const SparseQueries& queries, int64_t k,
   const int64_t group = std::clamp<int64_t>(ceil_div(nq, threads), 1, kGroup);
   const int64_t groups = ceil_div(nq, group);
   // Blocks are passed over by what was found before them, which must not depend on threads.
-  const int64_t split = pruning.block_factor > 0 ? 1 : ceil_div(threads, groups);
+  // A window or two are searched before another thread has woken.
+  const bool alone = pruning.block_factor > 0 || windows < 4;
+  const int64_t split = alone ? 1 : ceil_div(threads, groups);
   const int64_t parts = keep ? std::clamp<int64_t>(split, 1, windows) : 0;
   std::vector<Candidates> candidates(nq * std::max<int64_t>(parts, 1));
   const bool exact = !pruning.query_cut && pruning.block_factor == 0 && pruning.alpha == 1;
