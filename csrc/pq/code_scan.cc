@@ -217,7 +217,7 @@ class Scanner {
   // Offers the rows of `count` ranges to one query whose table is set. All bounds come first, in
   // units of one fixed step: a row's cost is at least `base + least + step * bound` and less than
   // `used + 2` steps above, so the k-th bound says which rows may be among the k best, and only
-  // those, k and a third in a typical search, are settled.
+  // those are settled.
   //
   // 256 queries, each 32 lists of 250 rows of M 32 4 bits, k 80, one thread: 6.3 ms where limits
   // follow the settled costs from list to list, 4.3 ms so. (A selection by nth_element instead of

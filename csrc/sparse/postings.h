@@ -9,10 +9,10 @@
 //   row     uint8 b[documents, padded to blocks of 64], 0 where the term is absent.
 //
 // A term is a row where one document in 16 has it, so that a sum takes as long either way (64
-// bytes of a row 3 cycles, a posting 1.5) or less. Which it is, its size tells: a row has as many
+// bytes of a row 4 to 5 cycles, a posting 2 to 3.4) or less. Which it is, its size tells: a row has as many
 // bytes as padded documents, a list less.
 //
-// Bytes of a posting: 3 in a list, 1 to 16 in a row; 2.6 over 120 terms of a Zipf law.
+// Bytes of a posting: 3 in a list, 1 to 16 in a row; 4.1 over 120 terms of a Zipf law.
 //
 // In a block of 64 bytes of a row, byte 16 i + j is document 8 i + j for j < 8 and 32 + 8 i + (j -
 // 8) otherwise (i < 4), so that an unpacking of bytes into the upper halves of 16-bit lanes, which
