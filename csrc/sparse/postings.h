@@ -9,8 +9,8 @@
 //   row     uint8 b[documents, padded to blocks of 64], 0 where the term is absent.
 //
 // A term is a row where one document in 16 has it, so that a sum takes as long either way (64
-// bytes of a row 4 to 5 cycles, a posting 2 to 3.4) or less. Which it is, its size tells: a row has as many
-// bytes as padded documents, a list less.
+// bytes of a row 4 to 5 cycles, a posting 2 to 3.4) or less. Which it is, its size tells: a row has
+// as many bytes as padded documents, a list less.
 //
 // Bytes of a posting: 3 in a list, 1 to 16 in a row; 4.1 over 120 terms of a Zipf law.
 //

@@ -13,8 +13,8 @@
 // than k, are scored by their rows. The result is therefore that of brute force.
 //
 // What limits it: rows of frequent terms, 64 documents in 4 to 5 cycles or 64 bytes from memory,
-// whichever is slower; lists of the others, 2 to 3.4 cycles a posting; of a large k, the scores, 500
-// cycles and a cache miss or two each.
+// whichever is slower; lists of the others, 2 to 3.4 cycles a posting; of a large k, the scores,
+// 500 cycles and a cache miss or two each.
 #pragma once
 #include <cstdint>
 #include <vector>
