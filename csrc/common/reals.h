@@ -19,6 +19,15 @@ inline double real_from_half(uint16_t bits) {
   return bits >> 15 ? -x : x;
 }
 
+// A finite float16, faster: a product rebiases the exponent and normalises what was subnormal.
+inline float finite_half(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits & 0x7fff) << 13;
+  float x;
+  std::memcpy(&x, &wide, 4);
+  x *= 0x1p112f;
+  return bits >> 15 ? -x : x;
+}
+
 inline double real_from_bf16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float x;

@@ -97,15 +97,6 @@ bool any_infinite(const GivenRows& g, int64_t begin, int64_t end) {
   refuse(g, "changed during the call");
 }
 
-// The exponent is rebiased by a product, which also normalises what was subnormal.
-float finite_half(uint16_t x) {
-  uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 13;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  f *= 0x1p112f;
-  return x & 0x8000 ? -f : f;
-}
-
 // Values [begin, end) in float or double, at `out`.
 template <class T>
 void widen(const GivenRows& g, int64_t begin, int64_t end, T* out) {

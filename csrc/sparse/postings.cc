@@ -90,7 +90,7 @@ float value_of(const Forward& forward, int64_t document, int64_t j) {
   if (forward.dtype == DType::f32) return static_cast<const float*>(forward.values)[j];
   if (forward.dtype == DType::u8)
     return forward.scale[document] * static_cast<const uint8_t*>(forward.values)[j];
-  return static_cast<float>(real_from_half(static_cast<const uint16_t*>(forward.values)[j]));
+  return finite_half(static_cast<const uint16_t*>(forward.values)[j]);
 }
 
 Postings postings_of(const Window& window, int64_t place) {

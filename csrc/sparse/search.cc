@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -16,6 +15,7 @@
 #include "common/ceil_div.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/reals.h"
 #include "common/topk.h"
 #include "sparse/search_kernels.h"
 
@@ -41,15 +41,6 @@ const SearchKernels& kernels() {
     default: return neon::sparse_search_kernels;
 #endif
   }
-}
-
-// float16 as the bits of a float; subnormals too.
-float half_value(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits & 0x7fff) << 13;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  x *= 0x1p112f;
-  return bits >> 15 ? -x : x;
 }
 
 // --- Scores --------------------------------------------------------------------------------------
@@ -89,7 +80,7 @@ class Weights {
       }
       default: {
         const auto* v = static_cast<const uint16_t*>(forward.values);
-        return sum(forward, row, [&](int64_t j) { return half_value(v[j]); });
+        return sum(forward, row, [&](int64_t j) { return finite_half(v[j]); });
       }
     }
   }
@@ -387,7 +378,7 @@ inline __attribute__((always_inline)) void prefetch(const Forward& forward, int6
   for (int64_t j = row.begin; j < row.end; j += 64 / size) __builtin_prefetch(values + j * size);
 }
 
-// Appends the scores of candidates [begin, end).
+// The hits [begin, end) of those candidates.
 void score(const Forward& forward, const Weights& weights, const std::vector<Candidate>& candidates,
            int64_t begin, int64_t end, Hit* hits) {
   constexpr int64_t kAhead = 6, kFarAhead = 16;
@@ -447,9 +438,8 @@ std::vector<Hit> settle(const Documents& documents, const Query& query,
 }
 
 // The rest of a result in which documents without a common term have a place: those that score 0,
-// in order.
+// in order. `best` is sorted.
 void fill(const Documents& documents, std::vector<Hit>& best, int64_t k) {
-  std::sort(best.begin(), best.end());
   const uint32_t zero = key_from_float(0);
   while (!best.empty() && best.back().key >= zero) best.pop_back();
   if (static_cast<int64_t>(best.size()) >= k) return;
