@@ -2,7 +2,9 @@
 """How block masks are put together from rules, and the checks of their arguments."""
 
 import operator
+from array import array
 
+import numpy as np
 import torch
 
 # --- Checks ---------------------------------------------------------------------------------------
@@ -69,7 +71,9 @@ def assemble(cls, sizes, rule, classify, batch=1, heads=1):
     blocks of keys may have a visible element, and which are full; the rule decides on the others.
     """
     q_block, k_block = sizes.q_block, sizes.k_block
-    counts, cols, kinds, patterns = [0], [], [], {}
+    # Grown in place: small tensors kept from row to row would lie between the large ones that come
+    # and go, and the heap would grow by a row of blocks with each (measured: 20 times the memory).
+    counts, cols, kinds, patterns = [0], array("i"), array("i"), {}
     for pair in ((b, h) for b in range(batch) for h in range(heads)):
         for first in range(0, sizes.q_len, q_block):
             last = min(first + q_block, sizes.q_len) - 1
@@ -90,12 +94,11 @@ def assemble(cls, sizes, rule, classify, batch=1, heads=1):
                     kind[undecided[n]] = patterns.setdefault(pattern, len(patterns))
             chosen = (kind > -2).nonzero()[:, 0]
             counts.append(len(chosen))
-            cols.append(chosen.int())
-            kinds.append(kind[chosen])
+            cols.frombytes(chosen.int().numpy().tobytes())
+            kinds.frombytes(kind[chosen].numpy().tobytes())
     rows = len(range(0, sizes.q_len, q_block))
     ends = torch.tensor(counts).cumsum(0)
     row_ptr = ends[torch.arange(batch * heads)[:, None] * rows + torch.arange(rows + 1)]
-    none = torch.zeros(0, dtype=torch.int32)
     partial = torch.zeros(0, q_block, k_block, dtype=torch.bool)
     if patterns:
         partial = torch.frombuffer(bytearray(b"".join(patterns)), dtype=torch.bool)
@@ -103,8 +106,8 @@ def assemble(cls, sizes, rule, classify, batch=1, heads=1):
         sizes.q_len,
         sizes.k_len,
         row_ptr.view(batch, heads, rows + 1),
-        torch.cat([none, *cols]),
-        torch.cat([none, *kinds]),
+        torch.from_numpy(np.array(cols)),
+        torch.from_numpy(np.array(kinds)),
         partial.view(-1, q_block, k_block),
         q_block=q_block,
         k_block=k_block,
