@@ -11,11 +11,13 @@ CMAKE_ARGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPENTAD_CUD
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
-.PHONY: help install demo test test-python test-cpp test-sanitize lint format bench wheel clean
+.PHONY: help install demo test test-python test-cpp test-sanitize lint format bench wheel docs \
+  pictures numerics clean
 
 help:
 	@echo "make demo     set up and search the documentation installed here"
 	@echo "make test     set up and run every test"
+	@echo "make docs     build the documentation into site/"
 	@echo "make install lint format bench wheel test-python test-cpp test-sanitize clean"
 
 # --- Set-up: a virtual environment, pinned dependencies, the package ------------------------------
@@ -81,11 +83,7 @@ format: $(DEPENDENCIES)
 # --- Measurements and packaging --------------------------------------------------------------------
 
 bench: install
-	$(BIN)/python bench/hamming.py $(BENCH_ARGS)
-	$(BIN)/python bench/attention.py $(BENCH_ARGS)
-	$(BIN)/python bench/scan.py $(BENCH_ARGS)
-	$(BIN)/python bench/pq.py $(BENCH_ARGS)
-	$(BIN)/python bench/sparse.py $(BENCH_ARGS)
+	$(BIN)/pentad bench $(BENCH_ARGS)
 
 # A wheel, and the proof that it imports beside nothing but numpy.
 wheel: $(DEPENDENCIES)
@@ -93,5 +91,25 @@ wheel: $(DEPENDENCIES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
+# --- Documentation ---------------------------------------------------------------------------------
+
+DOCUMENTATION := $(VENV)/.documentation-installed
+
+$(DOCUMENTATION): constraints.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python tools/requirements.py docs >$(VENV)/requirements-docs.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/requirements-docs.txt
+	@touch $@
+
+# The site, in site/. It is made from text alone: the package need not be built.
+docs: $(DOCUMENTATION)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# What the site shows of real computations: the pictures, and the table of measured errors.
+pictures: install $(DOCUMENTATION)
+	$(BIN)/python tools/docs/pictures.py
+
+numerics: install
+	$(BIN)/python tools/docs/numerics.py
+
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist site $(VENV)
