@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from harness import format_seconds
+from pentad.bench.tables import format_seconds
 
 SAME_MACHINE = ("cpu", "cores", "isa", "threads", "thread_runtime")
 

@@ -16,7 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import REPOSITORY, RESULTS, contender_row, foreign_cores, out_of_reach
+from pentad.bench.tables import contender_row, foreign_cores, out_of_reach
+
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
 
 HEADINGS = ("case", "contender", "median", "spread", "rate", "time / ours", "target")
 ALIGNMENT = ("---", "---", "--:", "--:", "--:", "--:", "--:")

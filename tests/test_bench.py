@@ -3,11 +3,14 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pentad import cli
 
 pytest.importorskip("rich")
 
@@ -21,9 +24,13 @@ def _bench_on_path():
     sys.path.remove(str(BENCH))
 
 
+def load(name):
+    return importlib.import_module(f"pentad.bench.{name}")
+
+
 @pytest.fixture(scope="module")
 def harness():
-    return importlib.import_module("harness")
+    return load("harness")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +207,7 @@ def test_limits_are_judged(harness, measured, met):
     judged = harness.judge(harness.Limit(1e-5), [{"name": "ours", "median_s": measured}])
     assert judged == {"against": "ours", "seconds": 1e-5, "measured": measured, "met": met}
     assert harness.judge(harness.Limit(1e-5), [{"name": "ours"}])["met"] is None
-    assert harness.format_target(judged) == f"<= 10 us: {'met' if met else 'NOT MET'}"
+    assert load("tables").format_target(judged) == f"<= 10 us: {'met' if met else 'NOT MET'}"
 
 
 def test_the_fastest_of_several_peers_counts(harness):
@@ -220,7 +227,7 @@ def test_shares_and_ceilings_are_of_the_bound(harness):
         target = {"against": "b", "ratio": ratio, "measured": 2.0, "met": False}
         case = {"bound": bound, "contenders": [ours, peer], "target": target}
         harness.relate(case, machine)
-        return ours["share"], target["ceiling"], harness.format_target(target)
+        return ours["share"], target["ceiling"], load("tables").format_target(target)
 
     assert related("float32", "flop", 50.0) == (
         pytest.approx(0.05),
@@ -232,25 +239,30 @@ def test_shares_and_ceilings_are_of_the_bound(harness):
     assert shown == ">= 2.5x: NOT MET"
 
 
-def test_the_peak_is_the_best_seen(harness, monkeypatch):
+def test_ceilings_are_the_best_seen(monkeypatch):
     seen = iter([300.0, 200.0, 250.0, 350.0])
-    monkeypatch.setattr(harness.peak, "measure", lambda dtype, threads, quick: next(seen))
-    machine = {}
-    harness.measure_peaks(machine, {"read", "float32", "bfloat16"}, 2, True)
-    harness.measure_peaks(machine, {"read", "float32", "bfloat16"}, 2, True)
-    assert machine == {"peak_gflops": {"bfloat16": 300.0, "float32": 350.0}}
+    read = iter([20.0, 31.0, 21.0, 30.0])
+    machine = load("machine")
+    monkeypatch.setattr(machine, "peak_gflops", lambda dtype, threads, quick: next(seen))
+    monkeypatch.setattr(machine, "read_gb_s", lambda threads, quick: next(read))
+    facts = {"read_gb_s": {}}
+    machine.raise_ceilings(facts, {"read", "float32", "bfloat16"}, 2, True)
+    machine.raise_ceilings(facts, {"read", "float32", "bfloat16"}, 2, True)
+    assert facts == {
+        "read_gb_s": {"1": 21.0, "2": 31.0},
+        "peak_gflops": {"bfloat16": 300.0, "float32": 350.0},
+    }
 
 
 def test_multiply_adds_are_counted_and_timed():
     from pentad import _C
 
-    peak = importlib.import_module("peak")
     plain = _C.multiply_adds(10, False)
     assert plain == 10 * _C.multiply_adds(1, False) > 0
     assert _C.multiply_adds(10, True) in (plain, 2 * plain)
     with pytest.raises(ValueError, match="negative"):
         _C.multiply_adds(-1, False)
-    assert peak.measure("float32", 1, quick=True) > 0.1
+    assert load("machine").peak_gflops("float32", 1, quick=True) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -263,7 +275,7 @@ def test_multiply_adds_are_counted_and_timed():
     ],
 )
 def test_rates_have_the_unit_of_the_work(harness, unit, rate, shown):
-    assert harness.format_rate(unit, rate) == shown
+    assert load("tables").format_rate(unit, rate) == shown
 
 
 MACHINE = {
@@ -281,21 +293,26 @@ MACHINE = {
 }
 
 
-def test_machine_facts_are_complete(harness):
-    facts = harness.machine_facts(["no-such-package"], threads=1, quick=True)
+def test_machine_facts_are_complete():
+    machine = load("machine")
+    facts = machine.machine_facts(["no-such-package"], threads=1)
     assert facts.keys() == MACHINE.keys()
-    assert facts["read_gb_s"]["1"] > 0
+    assert re.fullmatch("[0-9a-f]{40}", facts["commit"])
+    assert machine.read_gb_s(1, quick=True) > 0
     assert facts["versions"]["no-such-package"] is None
     assert facts["versions"]["numpy"] == np.__version__
 
 
 @pytest.fixture
 def run_main(harness, monkeypatch, tmp_path):
-    """Run a family's command line with a subject and a peer of the given answers, both due 1."""
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "use_threads", lambda count: None)
-    monkeypatch.setattr(harness, "machine_facts", lambda *_: MACHINE | {"read_gb_s": {"1": 20.0}})
-    monkeypatch.setattr(harness.bandwidth, "measure", lambda threads, quick: 21.0)
+    """`pentad bench family`, with a subject and a peer of the given answers, both due 1."""
+    command, machine = load("command"), load("machine")
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    monkeypatch.setattr(machine, "clone", lambda: tmp_path)
+    monkeypatch.setattr(machine, "machine_facts", lambda *_: MACHINE | {"read_gb_s": {}})
+    monkeypatch.setattr(machine, "read_gb_s", lambda threads, quick: 20.0 + threads)
+    monkeypatch.setattr(command, "use_threads", lambda count: None)
+    monkeypatch.setattr("pentad.bench.FAMILIES", ("family",))
 
     def run(*arguments, ours=1, peer=1):
         case = case_of(
@@ -305,7 +322,9 @@ def run_main(harness, monkeypatch, tmp_path):
             harness.Contender("absent", raising(ImportError("no module")), equals(1)),
             target=harness.Target("peer", 1e-9),
         )
-        return harness.main("family", [case], ["peer"], arguments)
+        family = harness.Family("family", [case], ["peer"])
+        monkeypatch.setattr(command, "family_named", lambda name: family)
+        return cli.main(["bench", "family", *arguments])
 
     return run
 
@@ -313,9 +332,9 @@ def run_main(harness, monkeypatch, tmp_path):
 @pytest.mark.usefixtures("no_pauses")
 def test_full_runs_write_the_family_results(run_main, tmp_path, capsys):
     assert run_main() == 0
-    results = json.loads((tmp_path / "family.json").read_text())
+    results = json.loads((tmp_path / "bench" / "results" / "family.json").read_text())
     assert set(results) == {"family", "quick", "machine", "cases"}
-    assert results["machine"]["read_gb_s"] == {"1": 21.0}  # the better of before and after
+    assert results["machine"]["read_gb_s"] == {"1": 21.0, "2": 22.0}
     (case,) = results["cases"]
     assert set(case) == {"name", "work", "contenders", "target"}
     ours, peer, absent = case["contenders"]
@@ -336,28 +355,34 @@ def test_full_runs_write_the_family_results(run_main, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert ">= 1e-09x: met" in printed
     assert "absent is missing: no module" in printed
+    assert "not installed: peer" in printed
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_small_and_partial_runs_publish_nothing(run_main, tmp_path):
+def test_small_and_partial_runs_publish_nothing(run_main, tmp_path, capsys):
     run_main("--quick")
     run_main("--only", "case")
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "bench" / "results").iterdir()) == []
     run_main("--quick", "--json", str(tmp_path / "here" / "quick.json"))
     results = json.loads((tmp_path / "here" / "quick.json").read_text())
     assert results["quick"]
     assert "target" not in results["cases"][0]
     run_main("--quick", "--json", str(tmp_path / "folder"))
     assert (tmp_path / "folder" / "family.json").exists()
-    with pytest.raises(SystemExit):
-        run_main("--only", "no such case")
+    assert run_main("--only", "no such case") == 2
+    assert capsys.readouterr().err == (
+        "pentad bench: no case of family has 'no such case' in its name\n"
+    )
 
 
 @pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("wrong", [{"ours": 2}, {"peer": 2}])
 def test_a_wrong_answer_fails_the_run(run_main, wrong, capsys):
     assert run_main("--quick", **wrong) == 1
-    assert "is wrong: 2 is not 1" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "is wrong: 2 is not 1" in printed.out
+    (name,) = wrong
+    assert printed.err.endswith(f"pentad bench: family: {name} is wrong in 'a case'\n")
 
 
 def timed(name, seconds, **more):
@@ -476,7 +501,7 @@ def test_compare_tells_changes_and_other_machines():
 
 
 def test_brute_force_of_the_hamming_benchmark():
-    data = importlib.import_module("hamming_data")
+    data = load("hamming_data")
     codes, queries = data.random_codes(300, 16, seed=1), data.random_codes(5, 16, seed=2)
     distances = np.unpackbits(queries[:, None] ^ codes, axis=2).sum(axis=2, dtype=np.int64)
     order = np.lexsort((np.broadcast_to(np.arange(300), distances.shape), distances), axis=1)
@@ -491,7 +516,7 @@ def test_brute_force_of_the_hamming_benchmark():
 
 
 def test_every_target_of_the_issue_has_a_case():
-    hamming = importlib.import_module("hamming")
+    hamming = load("hamming")
     cases = {case.name: case for case in hamming.CASES}
     assert len(cases) == len(hamming.CASES)
     for name, target in hamming.TARGETS.items():
@@ -502,12 +527,12 @@ def test_every_target_of_the_issue_has_a_case():
 @pytest.fixture(scope="module")
 def attention():
     pytest.importorskip("torch")
-    return importlib.import_module("attention")
+    return load("attention")
 
 
 @pytest.fixture(scope="module")
 def attention_data(attention):
-    return importlib.import_module("attention_data")
+    return load("attention_data")
 
 
 MASKS = ("full", "causal")
@@ -547,11 +572,7 @@ def test_every_row_of_the_attention_table_has_its_cases(attention):
     tiny = cases.pop("a call on 1,1,1,8 without gradients")
     assert tiny.target.seconds == 1e-5
     assert not any(case.target for case in cases.values())
-    memory = importlib.import_module("attention_memory")
-    assert {what: target.ratio for what, target in memory.TARGETS.items()} == {
-        "forward": 59.0,
-        "training": 32.0,
-    }
+    assert [case.target.ratio for case in attention.MEMORY] == [59.0, 32.0]
 
 
 def test_the_attention_benchmark_finds_wrong_answers(attention, attention_data):
@@ -593,10 +614,10 @@ def test_the_documents_of_the_attention_benchmark(attention, attention_data):
 
 def test_extra_memory_is_that_of_the_matrices():
     pytest.importorskip("torch")
-    memory = importlib.import_module("attention_memory")
-    record = memory.measure("plain torch", 1024, "forward")
+    case = load("attention").MEMORY[0]
+    record = case.measure("plain torch", (1024,))
     matrix = 4 * 1024**2
     assert 1.5 * matrix < record["extra_bytes"] < 4 * matrix
-    failed = memory.measure("plain torch", -1, "forward")
+    failed = case.measure("plain torch", (-1,))
     assert failed["status"] == "error"
     assert "negative" in failed["detail"]

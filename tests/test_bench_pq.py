@@ -3,8 +3,6 @@
 
 import functools
 import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,18 +11,9 @@ import pytest
 pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
 
-BENCH = Path(__file__).parent.parent / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
 
 def load(name):
-    return importlib.import_module(name)
+    return importlib.import_module(f"pentad.bench.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +196,7 @@ def test_worse_answers_do_not_meet_a_target():
     assert judged((0.95, 0.5), (0.9, 1.0))["met"]
     less = judged((0.8, 1.0), (0.9, 1.0))
     assert (less["met"], less["inferior"]) == (False, ["recall"])
-    assert "NOT MET (worse recall)" in harness.format_target(less)
+    assert "NOT MET (worse recall)" in load("tables").format_target(less)
     assert judged((0.9, 1.2), (0.9, 1.0))["inferior"] == ["error"]
 
 
@@ -243,11 +232,12 @@ def test_qualities_stand_in_the_table():
     record = harness.summarise(
         outcome, outcome, [harness.Round({"ours": 1.0}, 0.0)], 1, {"rows": 1e9}
     )
-    assert harness.contender_row(record, None)[0] == "ours: recall 0.988"
+    assert load("tables").contender_row(record, None)[0] == "ours: recall 0.988"
 
 
 def test_memory_of_an_assignment():
-    record = load("pq_memory").measure("pentad", 2000)
+    (case,) = load("pq").MEMORY
+    record = case.measure("pentad", (2000,))
     assert record["status"] == "ok", record.get("detail")
     assert record["extra_bytes"] >= 0
-    assert load("pq_memory").measure("pentad", -1)["status"] == "error"
+    assert case.measure("pentad", (-1,))["status"] == "error"

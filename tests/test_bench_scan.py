@@ -2,8 +2,6 @@
 """The scan benchmark: its targets, and that it finds wrong answers."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,22 +11,13 @@ pytest.importorskip("transformers", minversion="5.17")
 
 from cases import run_python  # noqa: E402
 
-BENCH = Path(__file__).parent.parent / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
 
 def load(name):
-    return importlib.import_module(name)
+    return importlib.import_module(f"pentad.bench.{name}")
 
 
 def test_targets():
-    scan, memory = load("scan"), load("scan_memory")
+    scan = load("scan")
     cases = {case.name: case for case in scan.CASES}
     assert len(cases) == len(scan.CASES)
     targets = {name: case.target for name, case in cases.items() if case.target}
@@ -93,7 +82,7 @@ def test_targets():
             {target.against} if isinstance(target.against, str) else set(target.against)
         )
     arrays, states = 4 * 2048 * 1536, 16 * 2048 * 1536  # u, delta, z and the output
-    assert 1 <= memory.allowed_bytes(2048) / (4 * arrays + 4 * states / 32) < 1.02
+    assert 1 <= scan.allowed_bytes(2048) / (4 * arrays + 4 * states / 32) < 1.02
 
 
 def test_a_slow_contender_runs_once(monkeypatch):
@@ -274,11 +263,9 @@ def test_a_token_of_linear_attention():
 
 def test_transformers_functions_are_used_as_they_are_meant():
     """In another process, where nothing has been installed before: models and functions."""
-    run_python(f"""
-        import sys
-        sys.path.insert(0, {str(BENCH)!r})
+    run_python("""
         import torch
-        import scan_matrix, scan_matrix_data, scan_models
+        from pentad.bench import scan_matrix, scan_matrix_data, scan_models
         torch.set_num_threads(1)
         for what in ("forward", "training"):
             problem = scan_matrix_data.random_ssd(2, 70, 4, 6, 3)
@@ -310,6 +297,7 @@ def test_mambapy_is_used_as_it_is_meant():
 
 
 def test_a_failed_measurement_of_memory_says_why():
-    record = load("scan_memory").measure("pentad", -1)
+    (case,) = load("scan").MEMORY
+    record = case.measure("pentad", (-1,))
     assert record["status"] == "error"
     assert "negative" in record["detail"]

@@ -2,8 +2,6 @@
 """The sparse benchmark: its vectors, its targets, and that it finds wrong answers."""
 
 import importlib
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,18 +11,9 @@ pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
 csr_array = pytest.importorskip("scipy.sparse").csr_array
 
-BENCH = Path(__file__).parent.parent / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
-
 
 def load(name):
-    return importlib.import_module(name)
+    return importlib.import_module(f"pentad.bench.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +49,7 @@ def test_targets():
         names = {contender.name for contender in case.contenders}
         against = case.target.against
         assert {against} if isinstance(against, str) else set(against) <= names
-    assert load("sparse_memory").RATIO == 10
+    assert [case.target.ratio for case in load("sparse_training").MEMORY] == [10, 10]
 
 
 def test_drawn_rows():
@@ -250,8 +239,8 @@ def test_wrong_gradients_are_found():
 
 
 def test_memory_of_a_head():
-    memory = load("sparse_memory")
-    record = memory.measure("pentad", 128, 1)
+    case = load("sparse_training").MEMORY[0]
+    record = case.measure("pentad", (1, 128, 30_522))
     assert record["status"] == "ok", record.get("detail")
     assert record["extra_bytes"] >= 0
-    assert memory.measure("pentad", -1, 1)["status"] == "error"
+    assert case.measure("pentad", (-1, 128, 30_522))["status"] == "error"

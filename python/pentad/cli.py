@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``pentad``: search the documentation of what is installed.
+"""The command ``pentad``: search the documentation of what is installed, measure the kernels.
 
 Exit status: 0, 1 where something could not be done, 2 where the call makes no sense; then one line
 on standard error says what.
@@ -150,6 +150,29 @@ def _info(options: argparse.Namespace, started_up: float) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace, started_up: float) -> int:
+    from .bench import CURVES, FAMILIES
+
+    names = options.family or list(FAMILIES)
+    if unknown := set(names) - {*FAMILIES, CURVES}:
+        known = ", ".join([*FAMILIES, CURVES])
+        print(f"pentad bench: no family {min(unknown)!r}; there are {known}", file=sys.stderr)
+        return 2
+    try:
+        from .bench import command
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error}: pip install 'pentad[bench]'") from error
+    return command.run(
+        list(dict.fromkeys(names)),
+        quick=options.quick,
+        only=options.only,
+        json_path=options.json,
+        threads=options.threads or min(2, os.cpu_count() or 1),
+        rounds=options.rounds,
+        budget=options.budget,
+    )
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
@@ -183,6 +206,31 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=_info)
 
+    bench = commands.add_parser("bench", help="measure against the peers that are installed")
+    bench.add_argument(
+        "family",
+        nargs="*",
+        help="attention, scan, pq, sparse, hamming or curves (cost against length and size); "
+        "all of them unless told",
+    )
+    bench.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
+    bench.add_argument("--only", metavar="TEXT", help="only cases whose name contains this")
+    bench.add_argument(
+        "--json",
+        metavar="FILE",
+        type=Path,
+        help="where to write: a .json file, or a folder that gets one for each family",
+    )
+    bench.add_argument("--threads", type=_count, metavar="N", help="2, or 1 where there is 1 core")
+    bench.add_argument("--rounds", type=_count, metavar="N", help="times that each case is timed")
+    bench.add_argument(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="of a contender in a case; afterwards it sits out",
+    )
+    bench.set_defaults(run=_bench)
+
     for command in (index, search):
         command.add_argument("--encoder", choices=("lsa", "minilm"), default="lsa")
         command.add_argument(
@@ -209,6 +257,16 @@ def _count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text!r}")
     return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}")
+    return seconds
 
 
 def _question(text: str) -> str:

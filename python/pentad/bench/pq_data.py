@@ -13,13 +13,12 @@ agree on the order.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from harness import REPOSITORY
+from .machine import cache as cache_folder
 
 DIM = 128
 QUERIES = 256
@@ -82,11 +81,11 @@ def random_data(rows: int) -> Data:
 
 @cache
 def passages(quick: bool) -> np.ndarray:
-    """The principal components of the passages, shuffled; kept in .bench/: they take a minute."""
+    """The principal components of the passages, shuffled; kept: they take a minute."""
     from pentad.docsearch import corpus, encoders, installed
 
     state = hashlib.sha256(installed.fingerprint().encode()).hexdigest()[:16]
-    path = REPOSITORY / ".bench" / f"passages-{state}.npy"
+    path = cache_folder() / f"passages-{state}.npy"
     if not quick and path.exists():
         return np.load(path)
     sources = corpus.sources()
@@ -97,7 +96,7 @@ def passages(quick: bool) -> np.ndarray:
     vectors = unit(vectors @ directions[:, ::-1][:, :DIM])
     vectors = np.random.default_rng(2).permutation(vectors[vectors.any(axis=1)])
     if not quick:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, vectors)
     return vectors
 
@@ -141,8 +140,3 @@ def distortion(x: np.ndarray, codebooks: np.ndarray, rows: int = 2048) -> float:
             costs = squares - 2 * (some @ book.T.astype(np.float64))
             total += (costs.min(axis=1) + (some * some).sum(axis=1)).sum()
     return total / len(x)
-
-
-def limit_threads(threads: str = "2") -> None:
-    """turbovec reads this when it is first used; the others are told by the harness."""
-    os.environ.setdefault("RAYON_NUM_THREADS", threads)

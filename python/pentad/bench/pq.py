@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pentad.pq against faiss, turbovec, ScaNN and torch.
 
-    python bench/pq.py [--quick] [--only CASE] [--json FILE]
+    pentad bench pq [--quick] [--only TEXT] [--json FILE]
 
 A million vectors of 128 dimensions, see `pq_data`; each index trains its own codebooks on the same
 65,536 of them. What the indexes find is told beside the times, as the share of the ten nearest
@@ -20,7 +20,6 @@ How the peers are used, where it is not obvious:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,12 +28,10 @@ from typing import Any
 
 import numpy as np
 
-import pq_data
-import pq_ivf
-import pq_memory
-import pq_product_keys
-from harness import Call, Case, Contender, Target, main
-from pq_data import DIM, Data, K
+from . import pq_data, pq_ivf, pq_product_keys
+from .harness import Call, Case, Contender, Family, Target
+from .memory import Memory
+from .pq_data import DIM, Data, K
 
 PACKAGES = ("torch", "faiss-cpu", "turbovec", "scann")
 
@@ -405,7 +402,34 @@ CASES = [
     *pq_product_keys.CASES,
 ]
 
+# Memory ------------------------------------------------------------------------------------------
 
-if __name__ == "__main__":
-    pq_data.limit_threads()
-    sys.exit(main("pq", CASES, PACKAGES, rounds=5, budget=2.0, more=pq_memory.CASES))
+MEMORY_DIM, CENTROIDS, ROWS = 64, 4096, 100_000
+ALLOWED = "vectors, centroids and codes once more"
+
+
+def memory_call(prepare: Callable[[SimpleNamespace], Call], rows: int) -> Call:
+    rng = np.random.default_rng(1)
+    centroids, x = (
+        rng.standard_normal((n, MEMORY_DIM), dtype=np.float32) for n in (CENTROIDS, rows)
+    )
+    return prepare(SimpleNamespace(x=x, centroids=centroids))
+
+
+MEMORY = [
+    Memory(
+        f"extra memory, assign, n {ROWS:,}, d {MEMORY_DIM}, K {CENTROIDS}",
+        __name__,
+        {
+            "pentad": partial(memory_call, pentad_assign),
+            "torch.cdist + argmin": partial(memory_call, partial(torch_assign, None)),
+        },
+        size=(ROWS,),
+        small=(2_000,),
+        warm=(64,),
+        target=Target(ALLOWED, 1.0),
+        allowed={ALLOWED: lambda rows: 4 * (rows * MEMORY_DIM + CENTROIDS * MEMORY_DIM + rows)},
+    )
+]
+
+FAMILY = Family("pq", [*CASES, *MEMORY], PACKAGES, rounds=5, budget=2.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from harness import Call
+from .harness import Call
 
 Op = Callable[..., torch.Tensor]
 

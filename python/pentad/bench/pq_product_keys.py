@@ -19,8 +19,8 @@ from functools import partial
 import torch
 from torch.nn.functional import embedding_bag
 
-from harness import Call, Case, Contender, Target
-from passes import PASSES, Op
+from .harness import Call, Case, Contender, Target
+from .passes import PASSES, Op
 
 TRAINING = 3.0
 FORWARD = 3.0

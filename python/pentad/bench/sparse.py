@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pentad.sparse against pyseismic-lsr, bmp, bm25s, scipy and torch.
 
-    python bench/sparse.py [--quick] [--only CASE] [--json FILE]
+    pentad bench sparse [--quick] [--only TEXT] [--json FILE]
 
 Vectors are described in `sparse_data`. Exact searches must give the scores and ids of the
 definition; pruned ones, tuned to the same recall each on its own, the exact scores of what they
@@ -25,21 +25,16 @@ file that it is saved to, and of pyseismic-lsr what it says that it holds in mem
 
 from __future__ import annotations
 
-import sys
 import warnings
 
-import pq_data
-import sparse_memory
-import sparse_search
-import sparse_training
-from harness import main
+from . import sparse_search, sparse_training
+from .harness import Family
 
 PACKAGES = ("torch", "scipy", "pyseismic-lsr", "bmp", "bm25s", "numba")
 
 CASES = [*sparse_search.CASES, *sparse_training.CASES]
 
+# torch says so of every product of sparse matrices.
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
 
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-    pq_data.limit_threads()
-    sys.exit(main("sparse", CASES, PACKAGES, rounds=5, budget=4.0, more=sparse_memory.CASES))
+FAMILY = Family("sparse", [*CASES, *sparse_training.MEMORY], PACKAGES, rounds=5, budget=4.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pentad.hamming against faiss, usearch, NumKong, torch and numpy.
 
-    python bench/hamming.py [--quick] [--only CASE] [--json FILE]
+    pentad bench hamming [--quick] [--only TEXT] [--json FILE]
 
 All codes are random. Expected answers come from a brute force that shares nothing with the
 kernels. pentad and faiss break ties by the smaller id, so their ids must be the expected ones;
@@ -19,7 +19,6 @@ How the peers are used, where it is not obvious:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-import hamming_model
-from hamming_data import distance_blocks, nearest, random_codes
-from harness import Call, Case, Contender, Target, main
+from . import hamming_model
+from .hamming_data import distance_blocks, nearest, random_codes
+from .harness import Call, Case, Contender, Family, Target
 
 PACKAGES = ("torch", "faiss-cpu", "usearch", "numkong")
 
@@ -423,6 +422,4 @@ CASES = [
     *hamming_model.CASES,
 ]
 
-
-if __name__ == "__main__":
-    sys.exit(main("hamming", CASES, PACKAGES))
+FAMILY = Family("hamming", CASES, PACKAGES)

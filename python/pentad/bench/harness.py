@@ -15,29 +15,13 @@ a target's `ceiling` is the ratio at which the subject would reach the bound.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-import bandwidth
-import peak
-
-RESULTS = Path(__file__).parent / "results"
-REPOSITORY = Path(__file__).parent.parent
+from typing import Any, Protocol
 
 # OpenMP workers spin for some milliseconds after their last loop. A turn starts after this pause,
 # so that no contender is timed beside the spinning threads of the one before it.
@@ -57,6 +41,10 @@ BOUNDS = {"float32": "flop", "bfloat16": "flop", "read": "bytes"}
 
 Inputs = Any
 Call = Callable[[], Any]
+
+
+class Unfit(ValueError):
+    """A contender cannot do what the case asks; that is told, and fails nothing."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +116,51 @@ class Case:
     target: Target | Limit | None = None
     bound: str | None = None
 
+    def run(self, options: Options) -> list[dict[str, Any]]:
+        return [run_case(self, options.quick, options.threads, options.rounds, options.budget)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    rounds
+        Quiet rounds of a case.
+    budget
+        Seconds per contender and case, after which it sits out.
+    """
+
+    quick: bool
+    threads: int
+    rounds: int
+    budget: float
+
+
+class Measured(Protocol):
+    """What a family consists of: a `Case`, or another thing that gives records as of cases."""
+
+    name: str
+    bound: str | None
+
+    def run(self, options: Options) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A benchmark that can be asked for by name.
+
+    packages
+        Of the peers; their versions stand with the results.
+    rounds, budget
+        Of `Options`, where nothing else is asked for.
+    """
+
+    name: str
+    cases: Sequence[Measured]
+    packages: Sequence[str]
+    rounds: int = 9
+    budget: float = 6.0
+
 
 @dataclass
 class Round:
@@ -139,7 +172,7 @@ class Round:
 
 @dataclass
 class Outcome:
-    """What became of one contender: status is "ok", "missing", "wrong" or "error".
+    """What became of one contender: status is "ok", "missing", "unfit", "wrong" or "error".
 
     An "ok" contender has a call that takes part in the rounds, or the only round that it had.
     """
@@ -157,6 +190,7 @@ def use_threads(count: int) -> None:
     import pentad
 
     pentad.set_num_threads(count)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(count))  # read when first used
     for package, setter in (("torch", "set_num_threads"), ("faiss", "omp_set_num_threads")):
         try:
             module = __import__(package)
@@ -179,6 +213,8 @@ def admit(contender: Contender, inputs: Inputs) -> Outcome:
             outcome.quality = call.quality()
     except ImportError as error:
         outcome.status, outcome.detail = "missing", str(error)
+    except Unfit as error:
+        outcome.status, outcome.detail = "unfit", str(error)
     except AssertionError as error:
         outcome.status, outcome.detail = "wrong", str(error).strip()
     except Exception as error:
@@ -380,251 +416,3 @@ def run_case(case: Case, quick: bool, threads: int, rounds: int, budget: float) 
     if case.target and not quick:
         result["target"] = judge(case.target, records)
     return result
-
-
-def foreign_cores(case: dict[str, Any]) -> float:
-    """Cores that other processes kept busy in the worst round whose times are told."""
-    return max((record.get("foreign_cores", 0.0) for record in case["contenders"]), default=0.0)
-
-
-def measure_peaks(machine: dict[str, Any], bounds: set[str], threads: int, quick: bool) -> None:
-    """Add to the facts how fast the machine multiplies, or raise what stands there."""
-    for dtype in sorted(bounds - {"read"}):
-        best = machine.setdefault("peak_gflops", {})
-        best[dtype] = max(best.get(dtype, 0.0), peak.measure(dtype, threads, quick))
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_model() -> str:
-    """The CPU as the kernel names it, with family and model where the name is generic."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    name = facts.get("model name", platform.machine())
-    if "cpu family" in facts:
-        name += f" (family {facts['cpu family']}, model {facts['model']})"
-    return name
-
-
-def git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def machine_facts(packages: Sequence[str], threads: int, quick: bool) -> dict[str, Any]:
-    """Everything a reader needs to place the figures, and the ceiling they are compared with."""
-    import pentad
-
-    # Results and the figures quoted from them change with every run, the code measured does not.
-    changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
-    return {
-        "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "isa": pentad.isa(),
-        "threads": threads,
-        "thread_runtime": pentad.thread_runtime(),
-        "read_gb_s": {
-            str(count): bandwidth.measure(count, quick) for count in sorted({1, threads})
-        },
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in ("pentad", "numpy", *packages)},
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 0.9995e-3:
-        return f"{seconds * 1e6:.3g} us"
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
-
-
-def format_bytes(count: float) -> str:
-    return f"{count / 2**20:.3g} MiB" if count < 2**30 else f"{count / 2**30:.3g} GiB"
-
-
-def format_rate(unit: str, per_second: float) -> str:
-    if per_second < 1e6:
-        return f"{per_second / 1e3:.3g} k {unit}/s"
-    return f"{per_second / 1e9:.3g} G" + {"bytes": "B/s", "flop": "F/s"}.get(unit, f" {unit}/s")
-
-
-def out_of_reach(target: dict[str, Any]) -> bool:
-    """Whether the subject would have to be faster than the machine to meet the target."""
-    return target.get("ceiling", float("inf")) < target.get("ratio", 0.0)
-
-
-def format_target(target: dict[str, Any]) -> str:
-    verdict = {True: "met", False: "NOT MET", None: "not measured"}[target["met"]]
-    if "inferior" in target:
-        verdict += f" (worse {', '.join(target['inferior'])})"
-    if out_of_reach(target):
-        verdict += f" (peak: {target['ceiling']:.2g}x)"
-    if "seconds" in target:
-        return f"<= {format_seconds(target['seconds'])}: {verdict}"
-    return f">= {target['ratio']:g}x: {verdict}"
-
-
-def contender_row(record: dict[str, Any], target: dict[str, Any] | None) -> list[str]:
-    """name, time, spread, rate, ratio, target: the cells that the terminal and Markdown share.
-
-    A record of memory has bytes in the place of the time.
-    """
-    name = record["name"]
-    if "quality" in record:
-        name += ": " + ", ".join(f"{key} {value:.3g}" for key, value in record["quality"].items())
-    verdict = format_target(target) if target and target["against"] == record["name"] else ""
-    ratio = record.get("ratio")
-    times = "" if ratio is None else f"{ratio:.2f}x"
-    if "extra_bytes" in record:
-        size = format_bytes(record["extra_bytes"])
-        spread = "computed" if record.get("computed") else "one run"
-        return [name, size, spread, "", times, verdict]
-    if "median_s" not in record:
-        return [name, record["status"], "", "", "", ""]
-    unit, rate = next(iter(record["per_second"].items()))
-    share = f" ({record['share']:.0%})" if "share" in record else ""
-    return [
-        name,
-        format_seconds(record["median_s"]),
-        f"{record['spread']:.0%}" if len(record["seconds"]) > 1 else "one run",
-        format_rate(unit, rate) + share,
-        times,
-        verdict,
-    ]
-
-
-def title(results: dict[str, Any]) -> str:
-    """One line of facts: what was measured, on what, and how fast that reads memory."""
-    machine = results["machine"]
-    read = ", ".join(f"{rate:.0f} GB/s with {n}" for n, rate in machine["read_gb_s"].items())
-    facts = [machine["cpu"], machine["isa"], f"{machine['threads']} threads", f"reads {read}"]
-    facts += [f"{rate:.0f} GF/s {dtype}" for dtype, rate in machine.get("peak_gflops", {}).items()]
-    return f"{results['family']}: " + ", ".join(facts)
-
-
-def show(results: dict[str, Any], console: Console) -> None:
-    """Print the results as one table, and below it why anything has no time."""
-    console.print(title(results), markup=False, highlight=False, soft_wrap=True)
-    if results["quick"]:
-        console.print("quick: small sizes, so targets are not judged and rates mean little")
-    table = Table()
-    table.add_column("case / contender", min_width=36)
-    for heading in ("median", "spread", "rate", "time / ours", "target"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    failures = []
-    for case in results["cases"]:
-        table.add_section()
-        table.add_row(f"[bold]{case['name']}")
-        if (foreign := foreign_cores(case)) > QUIET_CORES:
-            table.add_row(f"  [red]disturbed: others used {foreign:.1f} cores")
-        for record in case["contenders"]:
-            name, *cells = contender_row(record, case.get("target"))
-            table.add_row(f"  {name}", *cells)
-            if record["status"] != "ok":
-                detail = record.get("detail", "")
-                failures.append(f"{case['name']}: {record['name']} is {record['status']}: {detail}")
-    console.print(table)
-    for line in failures:
-        console.print(line, markup=False, highlight=False)
-
-
-def main(
-    family: str,
-    cases: Sequence[Case],
-    packages: Sequence[str],
-    arguments: Sequence[str] | None = None,
-    *,
-    rounds: int = 9,
-    budget: float = 6.0,
-    more: Sequence[tuple[str, Callable[[bool], dict[str, Any]]]] = (),
-) -> int:
-    """The command line of a family's benchmark; 1 where an answer was wrong or a call failed.
-
-    rounds, budget
-        The defaults of the options of that name.
-    more
-        Cases that are not about time: a name, and quick -> the record as in the result file.
-    """
-    parser = argparse.ArgumentParser(description=f"Benchmark pentad.{family} against its peers.")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
-    parser.add_argument("--only", metavar="CASE", help="only cases whose name contains this")
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        type=Path,
-        help="where to write; a folder if not named .json",
-    )
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--rounds", type=int, help=f"default {rounds}, or 2 with --quick")
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=budget,
-        help="seconds per contender and case, then it sits out",
-    )
-    options = parser.parse_args(arguments)
-
-    chosen = [case for case in cases if not options.only or options.only in case.name]
-    added = [run for name, run in more if not options.only or options.only in name]
-    if not (chosen or added):
-        names = [*(case.name for case in cases), *(name for name, _ in more)]
-        parser.error(f"no case matches {options.only!r}: " + "; ".join(names))
-    rounds = options.rounds or (2 if options.quick else rounds)
-
-    use_threads(options.threads)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 132
-    bounds = {case.bound for case in chosen if case.bound}
-    machine = machine_facts(packages, options.threads, options.quick)
-    measure_peaks(machine, bounds, options.threads, options.quick)
-    progress = Console(stderr=True)
-    timed = [
-        run_case(case, options.quick, options.threads, rounds, options.budget)
-        for case in track(chosen, "measuring", console=progress, transient=True)
-    ]
-    # A ceiling is the best that was seen: a neighbour may have been busy at the first measurement.
-    measure_peaks(machine, bounds, options.threads, options.quick)
-    read = machine["read_gb_s"]
-    for count, rate in read.items():
-        read[count] = max(rate, bandwidth.measure(int(count), options.quick))
-    for case in timed:
-        if "bound" in case:
-            relate(case, machine)
-    results = {
-        "family": family,
-        "quick": options.quick,
-        "machine": machine,
-        "cases": timed + [run(options.quick) for run in added],
-    }
-    show(results, console)
-
-    # A partial or small run never replaces the family's published results unless told where to go.
-    path = options.json
-    if path is None and not options.quick and not options.only:
-        path = RESULTS / f"{family}.json"
-    if path is not None:
-        path = path if path.suffix == ".json" else path / f"{family}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        console.print(f"wrote {path}", markup=False, highlight=False)
-
-    statuses = {record["status"] for case in results["cases"] for record in case["contenders"]}
-    return 1 if statuses & {"wrong", "error"} else 0

@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch.nn.functional import softplus
 
-from harness import Call, Case, Contender, Target
-from passes import PASSES
-from scan_data import FLOP_PER_STATE, Scan, check
+from .harness import Call, Case, Contender, Target
+from .passes import PASSES
+from .scan_data import FLOP_PER_STATE, Scan, check
 
 RATIO = 2.0
 DIRECTIONS = 4

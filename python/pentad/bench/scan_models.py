@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear, silu, softplus
 
-from scan_data import assert_close
-from scan_matrix_data import chunked_ssd
+from .scan_data import assert_close
+from .scan_matrix_data import chunked_ssd
 
 # Of every family, the function that tells whose kernels its module has found.
 FAMILIES = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import logsigmoid, normalize, pad, softplus
 
-from scan_data import check
+from .scan_data import check
 
 # Steps a chunk: in the plain forms, and in the counts of flop.
 CHUNK = 64

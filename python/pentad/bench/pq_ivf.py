@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-import pq_data
-from harness import Case, Contender, Target
-from pq_data import DIM, Data, K
+from . import pq_data
+from .harness import Case, Contender, Target, Unfit
+from .pq_data import DIM, Data, K
 
 RECALL = 0.9
 RATIO = 1.3
@@ -54,7 +54,7 @@ class Tuned:
                 seconds = time.perf_counter() - start
                 settings.append((seconds, probes, oversample))
         if not settings:
-            raise ValueError(f"no setting finds {RECALL} of the nearest")
+            raise Unfit(f"no setting finds {RECALL} of the nearest")
         _, self.probes, self.oversample = min(settings)
 
     def _recall(self, probes: int, oversample: int) -> float:

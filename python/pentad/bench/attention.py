@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pentad.attention against torch's scaled_dot_product_attention (SDPA).
 
-    python bench/attention.py [--quick] [--only CASE] [--json FILE]
+    pentad bench attention [--quick] [--only TEXT] [--json FILE]
 
 Inputs are normal random numbers. Expected answers come from the plain definition in float64: all of
 one head, gradients included, and some rows of every head. Shapes are B,H,S,D.
@@ -22,7 +22,6 @@ How torch is used, where it is not obvious:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -31,9 +30,8 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import attention_memory
-import passes
-from attention_data import (
+from . import passes
+from .attention_data import (
     Documents,
     Problem,
     assert_close,
@@ -42,8 +40,9 @@ from attention_data import (
     random_problem,
     visible,
 )
-from harness import Call, Case, Contender, Limit, Target, main
-from passes import Op
+from .harness import Call, Case, Contender, Family, Limit, Target
+from .memory import Memory
+from .passes import Op
 
 PACKAGES = ("torch",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -349,6 +348,35 @@ CASES = [
     tiny_case(),
 ]
 
+# Memory ------------------------------------------------------------------------------------------
 
-if __name__ == "__main__":
-    sys.exit(main("attention", CASES, PACKAGES, rounds=5, budget=2.5, more=attention_memory.CASES))
+MEMORY_LENGTH = 16384
+# The savings that Rabe and Staats (arXiv 2112.05682) report at this length, over softmax(q k^T) v
+# with the matrix in memory, forward and with gradients.
+SAVINGS = {"forward": 59.0, "training": 32.0}
+# Matrices of scores that the plain computation holds at once.
+PLAIN_MATRICES = {"forward": 2, "training": 3}
+
+
+def memory_call(what: str, make: Callable[[Problem], Op], length: int) -> Call:
+    problem = random_problem((1, 1, length, 64), torch.float32)
+    return PASSES[what](make(problem), problem.leaves, problem.d_out)
+
+
+def memory_case(what: str) -> Memory:
+    ways = {"pentad": pentad_op, "plain torch": lambda problem: plain, "torch SDPA": torch_op}
+    return Memory(
+        f"extra memory, {what} float32 1,1,{MEMORY_LENGTH},64 full",
+        __name__,
+        {name: partial(memory_call, what, make) for name, make in ways.items()},
+        size=(MEMORY_LENGTH,),
+        small=(1024,),
+        warm=(64,),
+        target=Target("plain torch", SAVINGS[what]),
+        needs={"plain torch": lambda length: PLAIN_MATRICES[what] * 4 * length**2},
+    )
+
+
+MEMORY = [memory_case(what) for what in SAVINGS]
+
+FAMILY = Family("attention", [*CASES, *MEMORY], PACKAGES, rounds=5, budget=2.5)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from hamming_data import random_codes, signs
-from harness import Call, Case, Contender
+from .hamming_data import random_codes, signs
+from .harness import Call, Case, Contender
 
 
 def close(expected: np.ndarray, actual: Any) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-import sparse_data
-from harness import Call, Case, Contender, Target
+from . import sparse_data
+from .harness import Call, Case, Contender, Target
+from .memory import Memory
 
 HEAD = 2.0
 SCORES = 5.0
@@ -240,3 +241,25 @@ SCORES_CASE = Case(
 )
 
 CASES = [*(head_case(width) for width in WIDTHS), SCORES_CASE]
+
+# Memory ------------------------------------------------------------------------------------------
+
+SAVING = 10.0
+
+
+def memory_call(head, width: int, batch: int, length: int, terms: int) -> Call:
+    return training(head, head_inputs(batch, length, terms, width))
+
+
+MEMORY = [
+    Memory(
+        f"extra memory, splade_head, B {BATCH}, L {LENGTH}, V 30,522, H {width}",
+        __name__,
+        {name: partial(memory_call, head, width) for name, head in HEADS.items()},
+        size=(BATCH, LENGTH, sparse_data.VOCABULARY),
+        small=(1, LENGTH, sparse_data.VOCABULARY),
+        warm=(1, 8, 100),
+        target=Target("plain torch", SAVING),
+    )
+    for width in WIDTHS
+]

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
-import sparse_data
-from sparse_data import K
+from . import sparse_data
+from .sparse_data import K
 
 Answer = tuple[np.ndarray, np.ndarray]  # scores and ids, (nq, k) both
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """pentad.scan against mambapy, transformers' functions and torch.
 
-    python bench/scan.py [--quick] [--only CASE] [--json FILE]
+    pentad bench scan [--quick] [--only TEXT] [--json FILE]
 
 Expected answers, gradients included, are computed in float64 by the equations. Shapes are B,D,L.
 
@@ -29,7 +29,6 @@ How the peers are used, where it is not obvious:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -37,12 +36,11 @@ from typing import Any
 import torch
 from torch.nn.functional import silu, softplus
 
-import scan_images
-import scan_matrix
-import scan_memory
-from harness import Call, Case, Contender, Target, main
-from passes import PASSES, Op, training
-from scan_data import (
+from . import scan_images, scan_matrix
+from .harness import Call, Case, Contender, Family, Target
+from .memory import Memory
+from .passes import PASSES, Op, training
+from .scan_data import (
     FLOP_PER_STATE,
     Convolution,
     Recurrence,
@@ -52,7 +50,7 @@ from scan_data import (
     random_scan,
     torch_conv,
 )
-from scan_models import (
+from .scan_models import (
     Step,
     Training,
     model_step,
@@ -344,6 +342,37 @@ CASES = [
     *scan_images.CASES,
 ]
 
+# Memory ------------------------------------------------------------------------------------------
 
-if __name__ == "__main__":
-    sys.exit(main("scan", CASES, PACKAGES, rounds=5, budget=2.5, more=scan_memory.CASES))
+DIM, STATES, MEMORY_LENGTH = 1536, 16, 2048
+ALLOWED = "inputs + output + states / 32"
+
+
+def allowed_bytes(length: int) -> int:
+    """u, delta, z and the output, A, B, C, D and the bias, and one in 32 of the states."""
+    inputs = 4 * DIM * length + DIM * STATES + 2 * STATES * length + 2 * DIM
+    return 4 * (inputs + DIM * STATES * length // 32)
+
+
+def memory_call(prepare: Callable[[str, Scan], Call], length: int) -> Call:
+    problem = random_scan(1, DIM, length, STATES, torch.float32, solve=False)
+    return prepare("training", problem)
+
+
+MEMORY = [
+    Memory(
+        f"extra memory, training float32 1,{DIM},{MEMORY_LENGTH} N {STATES}",
+        __name__,
+        {
+            "pentad": partial(memory_call, pentad_scan),
+            "mambapy": partial(memory_call, mambapy_scan),
+        },
+        size=(MEMORY_LENGTH,),
+        small=(256,),
+        warm=(64,),
+        target=Target(ALLOWED, 1.0),
+        allowed={ALLOWED: allowed_bytes},
+    )
+]
+
+FAMILY = Family("scan", [*CASES, *MEMORY], PACKAGES, rounds=5, budget=2.5)

@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 
-from harness import Call, Case, Contender, Target
-from passes import PASSES, Op
-from scan_matrix_data import (
+from .harness import Call, Case, Contender, Target
+from .passes import PASSES, Op
+from .scan_matrix_data import (
     Matrix,
     Token,
     chunked_delta_rule,
@@ -26,7 +26,7 @@ from scan_matrix_data import (
     random_ssd,
     random_token,
 )
-from scan_models import Training, model_step, plain_function, random_training
+from .scan_models import Training, model_step, plain_function, random_training
 
 SSD_DEFAULT = 10.0
 SSD_64 = 4.0
