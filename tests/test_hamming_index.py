@@ -7,10 +7,17 @@ import pickle
 import numpy as np
 import pytest
 from cases import METRICS, assert_same, codes, laid_out
+from hamming_index_cases import (
+    CLASSES,
+    STORES,
+    expected_range,
+    expected_search,
+    make,
+    whole_vectors,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from index_cases import CLASSES, STORES, expected_range, expected_search, make, whole_vectors
 
 import pentad
 from pentad.hamming import BinaryIndex, BinaryIVFIndex, reference

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 from cases import assert_same, codes
-from index_cases import CLASSES, expected_search, make, whole_vectors
+from hamming_index_cases import CLASSES, expected_search, make, whole_vectors
 from thread_cases import interrupted, run_beside
 
 import pentad

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 from cases import METRICS, assert_same, codes
-from index_cases import make
+from hamming_index_cases import make
 
 from pentad.hamming import BinaryIndex, BinaryIVFIndex, reference
 

@@ -10,6 +10,7 @@ from pentad._arrays import aligned_zeros
 from pentad._errors import FormatError
 
 STORES = (None, "int8", "float16")
+_LARGEST_SCALE = np.finfo(np.float32).max / 127
 
 
 def check_store(op: str, store) -> None:
@@ -182,6 +183,9 @@ class Rows:
         if unknown:
             raise FormatError(f"section {min(unknown)} is none of such an index")
         columns = {name: arrays[name] for name in layout.columns}
+        scale = columns.get("scale")
+        if scale is not None and not ((scale >= 0) & (scale <= _LARGEST_SCALE)).all():
+            raise FormatError("the scales of stored vectors are negative or not finite")
         return cls(layout=layout, count=count, blocks=arrays["blocks"], columns=columns)
 
 

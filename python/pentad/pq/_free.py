@@ -189,9 +189,7 @@ class FreeIndex(QuantizedIndex):
                 raise FormatError(f"section {name} does not fit the index")
             if not (np.abs(part) <= _LARGEST).all():
                 raise FormatError(f"section {name} does not fit the index")
-        scale, bias = (index._state.rows.used(name) for name in _rows.FACTORS)
-        if not ((scale >= 0) & np.isfinite(scale) & np.isfinite(bias)).all():
-            raise FormatError("the factors of the index are negative or not finite")
+        index._check_rows()
         index._turn_by(arrays["rotation"])
         index.centre = arrays["centre"]
         return index

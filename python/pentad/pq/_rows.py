@@ -32,9 +32,14 @@ class CodeLayout(Layout):
         return _scan.from_blocks(rows.blocks, self.nbits, self.M, rows.count, positions)
 
     def check(self, rows: Rows) -> None:
-        """Raises FormatError for codes beyond the codebooks."""
+        """Raises FormatError for codes beyond the codebooks, and factors that are none."""
         if self.nbits == 6 and (rows.blocks >= 64).any():
             raise FormatError("the codes of the index exceed 6 bits")
+        scale, bias = (rows.used(name) for name in FACTORS)
+        if (scale is not None and (scale < 0).any()) or not all(
+            np.isfinite(part).all() for part in (scale, bias) if part is not None
+        ):
+            raise FormatError("the factors of the index are negative or not finite")
 
 
 def _where(rows: Rows, tables, mask):
