@@ -210,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "family",
         nargs="*",
-        help="attention, scan, pq, sparse, hamming or curves (cost against length and size); "
-        "all of them unless told",
+        help="attention, scan, pq, sparse, hamming (all of these unless told), or curves: "
+        "cost against sequence length and size",
     )
     bench.add_argument("--quick", action="store_true", help="small sizes, few rounds: a smoke run")
     bench.add_argument("--only", metavar="TEXT", help="only cases whose name contains this")

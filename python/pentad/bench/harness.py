@@ -335,8 +335,9 @@ def summarise(
         "spread": (max(seconds) - min(seconds)) / median,
         "per_second": {unit: amount / median for unit, amount in work.items()},
     }
-    if outcome.only:
-        ours = [entry.seconds[subject.name] for entry in quietest(done, count, subject.name)]
+    if outcome.only and outcome is not subject:
+        rounds = [subject.only] if subject.only else quietest(done, count, subject.name)
+        ours = [entry.seconds[subject.name] for entry in rounds]
         record["ratio"] = median / statistics.median(ours) if ours else None
     elif outcome is not subject:
         record["ratio"] = pairwise_ratio(done, count, subject.name, outcome.name)

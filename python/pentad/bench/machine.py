@@ -24,7 +24,7 @@ def clone() -> Path | None:
     return root if (root / "bench" / "results").is_dir() else None
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """Where inputs that take minutes to make are kept."""
     root = clone()
     if root:

@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 
-from .machine import cache as cache_folder
+from .machine import cache_folder
 
 DIM = 128
 QUERIES = 256

@@ -27,8 +27,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from .machine import cache as cache_folder
-from .machine import clone
+from .machine import cache_folder, clone
 
 VOCABULARY = 30_522
 TERMS, QUERY_TERMS = 120, 40
