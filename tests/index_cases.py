@@ -27,6 +27,7 @@ class Kind:
     radius : of a range search that finds some of `draw`
     draw : (rng, n) -> vectors, those that are given to the index and those that are asked for
     part : (vectors, positions) -> some of them
+    quickly : options of `train`
     """
 
     cls: type
@@ -35,6 +36,7 @@ class Kind:
     radius: float
     draw: Callable = lambda rng, n: hamming_index_cases.whole_vectors(rng, n, DIM)
     part: Callable = lambda vectors, at: vectors[np.asarray(at, np.int64)]
+    quickly: dict = dataclasses.field(default_factory=lambda: {"iterations": 0})
 
     @property
     def stores(self) -> bool:
@@ -85,7 +87,7 @@ def _free(name):
         {"metric": "l2", "store": "int8", "seed": 3},
     )
     cls = RaBitQIndex if name == "rabitq" else ScalarIndex
-    return Kind(cls, make, files, 3e4)
+    return Kind(cls, make, files, 3e4, quickly={})
 
 
 def _sparse():
