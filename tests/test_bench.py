@@ -1,27 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark harness: who runs when, what is timed, and how figures reach the README."""
+"""The benchmark harness: who runs when, what is timed, and what `pentad bench` makes of it."""
 
 import importlib
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_cases import MACHINE
 
 from pentad import cli
 
 pytest.importorskip("rich")
-
-BENCH = Path(__file__).parent.parent / "bench"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bench_on_path():
-    sys.path.insert(0, str(BENCH))
-    yield
-    sys.path.remove(str(BENCH))
 
 
 def load(name):
@@ -31,11 +21,6 @@ def load(name):
 @pytest.fixture(scope="module")
 def harness():
     return load("harness")
-
-
-@pytest.fixture(scope="module")
-def report():
-    return importlib.import_module("report")
 
 
 @pytest.fixture
@@ -278,21 +263,6 @@ def test_rates_have_the_unit_of_the_work(harness, unit, rate, shown):
     assert load("tables").format_rate(unit, rate) == shown
 
 
-MACHINE = {
-    "cpu": "a CPU",
-    "cores": 2,
-    "isa": "v3",
-    "threads": 2,
-    "thread_runtime": "own pool",
-    "read_gb_s": {"1": 20.0, "2": 30.0},
-    "python": "3.12.0",
-    "versions": {"pentad": "0.1.0", "peer": None},
-    "commit": "0123456789abcdef",
-    "dirty": False,
-    "date": "2026-01-02",
-}
-
-
 def test_machine_facts_are_complete():
     machine = load("machine")
     facts = machine.machine_facts(["no-such-package"], threads=1)
@@ -383,121 +353,6 @@ def test_a_wrong_answer_fails_the_run(run_main, wrong, capsys):
     assert "is wrong: 2 is not 1" in printed.out
     (name,) = wrong
     assert printed.err.endswith(f"pentad bench: family: {name} is wrong in 'a case'\n")
-
-
-def timed(name, seconds, **more):
-    rate = {"bytes": 1e9 / seconds}
-    return {
-        "name": name,
-        "status": "ok",
-        "seconds": [seconds] * 3,
-        "foreign_cores": 0.04,
-        "median_s": seconds,
-        "min_s": seconds,
-        "spread": 0.05,
-        "per_second": rate,
-        **more,
-    }
-
-
-def published(seconds=0.1):
-    target = {"against": "peer", "ratio": 5.0, "measured": 0.2 / seconds, "met": 0.2 / seconds >= 5}
-    contenders = [
-        timed("ours", seconds),
-        timed("peer", 0.2, ratio=0.2 / seconds),
-        {"name": "absent", "status": "missing", "detail": "no module"},
-    ]
-    case = {"name": "a case", "work": {"bytes": 1e9}, "contenders": contenders, "target": target}
-    return {"family": "family", "quick": False, "machine": MACHINE, "cases": [case]}
-
-
-MARKED = "before\n<!-- bench:family:begin -->\nold\n<!-- bench:family:end -->\nafter\n"
-
-
-@pytest.fixture
-def site(tmp_path):
-    """A README with markers and a folder with one result file; returns report's arguments."""
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "family.json").write_text(json.dumps(published()))
-    readme = tmp_path / "README.md"
-    readme.write_text(MARKED)
-    return readme, ["--readme", str(readme), "--results", str(results)]
-
-
-def test_report_inserts_the_table_once(report, site):
-    readme, arguments = site
-    assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- bench:family:begin -->\n| case |")
-    assert text.endswith("\n<!-- bench:family:end -->\nafter\n")
-    assert "| a case | ours | 100 ms | 5% | 10 GB/s |  |  |" in text
-    assert "|  | peer | 200 ms | 5% | 5 GB/s | 2.00x | >= 5x: NOT MET |" in text
-    assert "|  | absent | missing |  |  |  |  |" in text
-    assert "20 GB/s with 1 thread, 30 GB/s with 2 threads" in text
-    assert "peer missing; commit 0123456789ab." in text
-    assert "Other processes used at most 0.04 cores meanwhile." in text
-    assert report.main(arguments) == 0
-    assert readme.read_text() == text
-
-
-def test_report_tells_peaks_shares_and_memory(report, site):
-    readme, arguments = site
-    results = published()
-    results["machine"] = MACHINE | {"peak_gflops": {"float32": 400.0}}
-    case = results["cases"][0]
-    case["contenders"][0]["share"] = 0.25
-    case["target"]["ceiling"] = 4.0
-    records = [
-        {"name": "ours", "status": "ok", "extra_bytes": 3 << 20},
-        {"name": "peer", "status": "ok", "extra_bytes": 2 << 30, "ratio": 682.67, "computed": True},
-    ]
-    target = {"against": "peer", "ratio": 59.0, "measured": 682.67, "met": True}
-    results["cases"].append({"name": "extra memory", "contenders": records, "target": target})
-    (readme.parent / "results" / "family.json").write_text(json.dumps(results))
-    assert report.main(arguments) == 0
-    text = readme.read_text()
-    assert "| a case | ours | 100 ms | 5% | 10 GB/s (25%) |  |  |" in text
-    assert ">= 5x: NOT MET (peak: 4x) |" in text
-    assert "| extra memory | ours | 3 MiB | one run |  |  |  |" in text
-    assert "|  | peer | 2 GiB | computed |  | 682.67x | >= 59x: met |" in text
-    assert "multiplies and adds at 400 GF/s in float32" in text
-    assert "1 of 2 targets are met; 1 ask for more than the peak" in text
-
-
-def test_report_check_tells_differences_and_changes_nothing(report, site, capsys):
-    readme, arguments = site
-    assert report.main([*arguments, "--check"]) == 1
-    assert "differs" in capsys.readouterr().err
-    assert readme.read_text() == MARKED
-    report.main(arguments)
-    assert report.main([*arguments, "--check"]) == 0
-    readme.write_text(readme.read_text().replace("100 ms", "1 ms"))
-    assert report.main([*arguments, "--check"]) == 1
-
-
-def test_report_needs_markers_and_full_runs(report, site, capsys):
-    readme, arguments = site
-    readme.write_text("no markers")
-    assert report.main(arguments) == 1
-    assert "no <!-- bench:family:begin -->" in capsys.readouterr().err
-    (readme.parent / "results" / "family.json").write_text(
-        json.dumps(published() | {"quick": True})
-    )
-    assert report.main(arguments) == 1
-    assert "quick" in capsys.readouterr().err
-
-
-def test_compare_tells_changes_and_other_machines():
-    compare = importlib.import_module("compare")
-    old, new = published(0.1), published(0.05)
-    new["machine"] = MACHINE | {"isa": "v4"}
-    del new["cases"][0]["contenders"][2]
-    rows = list(compare.changes(old, new))
-    assert rows[0] == ["a case", "ours", "100 ms", "50 ms", "-50.0% *", ""]
-    assert rows[1] == ["a case", "peer", "200 ms", "200 ms", "+0.0%", "2.00x -> 4.00x"]
-    assert rows[2] == ["a case", "absent", "missing", "absent", "", ""]
-    assert compare.differing_facts(old, new) == ["isa: v3 -> v4"]
 
 
 def test_brute_force_of_the_hamming_benchmark():
