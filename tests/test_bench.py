@@ -4,6 +4,8 @@
 import importlib
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -353,6 +355,94 @@ def test_a_wrong_answer_fails_the_run(run_main, wrong, capsys):
     assert "is wrong: 2 is not 1" in printed.out
     (name,) = wrong
     assert printed.err.endswith(f"pentad bench: family: {name} is wrong in 'a case'\n")
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_outside_a_clone_nothing_is_written(run_main, monkeypatch, tmp_path):
+    machine = load("machine")
+    monkeypatch.setattr(machine, "clone", lambda: None)
+    assert run_main() == 0
+    assert list((tmp_path / "bench" / "results").iterdir()) == []
+
+
+def test_a_package_installed_beneath_a_repository_is_no_clone(monkeypatch):
+    machine = load("machine")
+    assert machine.clone() == Path(__file__).parent.parent
+    beneath = machine.clone() / ".venv/lib/python3/site-packages/pentad/bench/machine.py"
+    monkeypatch.setattr(machine, "__file__", str(beneath))
+    assert machine.clone() is None
+    facts = machine.machine_facts([], threads=1)
+    assert (facts["commit"], facts["dirty"]) == (None, None)
+
+
+@pytest.fixture
+def run_several(monkeypatch):
+    """`pentad bench` of several families, each of which exits as told and writes its name."""
+    command = load("command")
+
+    def run(*arguments, **statuses):
+        def one(arguments, **_):
+            name = arguments[4]
+            if "--json" in arguments and statuses.get(name, 0) != 2:
+                folder = Path(arguments[arguments.index("--json") + 1])
+                command.write(folder, name, {"family": name})
+            return SimpleNamespace(returncode=statuses.get(name, 0))
+
+        monkeypatch.setattr(command.subprocess, "run", one)
+        return cli.main(["bench", *arguments])
+
+    return run
+
+
+def test_results_of_several_families_go_to_one_file_or_a_folder(run_several, tmp_path):
+    together = tmp_path / "here" / "all.json"
+    assert run_several("--json", str(together)) == 0
+    written = json.loads(together.read_text())
+    assert [r["family"] for r in written] == ["attention", "scan", "pq", "sparse", "hamming"]
+    assert run_several("pq", "scan", "pq", "--json", str(tmp_path / "folder")) == 0
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["pq.json", "scan.json"]
+
+
+def test_one_failed_family_fails_the_run_after_the_others(run_several, tmp_path, capsys):
+    together = tmp_path / "all.json"
+    arguments = ("pq", "scan", "hamming", "--only", "a case", "--json", str(together))
+    assert run_several(*arguments, pq=2, hamming=2) == 0  # the case is one of scan
+    assert [results["family"] for results in json.loads(together.read_text())] == ["scan"]
+    assert run_several(*arguments, pq=1, scan=-11) == 1
+    assert capsys.readouterr().err == "pentad bench: failed: pq, scan\n"
+    assert run_several(*arguments, pq=2, scan=2, hamming=2) == 2
+
+
+def test_bad_arguments_are_one_line(capsys, monkeypatch):
+    command = load("command")
+    assert cli.main(["bench", "atention"]) == 2
+    assert capsys.readouterr().err == (
+        "pentad bench: no family 'atention'; "
+        "there are attention, scan, pq, sparse, hamming, curves\n"
+    )
+    for option, value in (("--threads", "0"), ("--rounds", "x"), ("--budget", "nan")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["bench", "pq", option, value])
+        assert capsys.readouterr().err.count("\n") == 1
+
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(command.importlib, "import_module", absent)
+    assert cli.main(["bench", "pq"]) == 1
+    assert capsys.readouterr().err == (
+        "pentad bench: benchmarking pq needs the package torch: pip install 'pentad[bench]'\n"
+    )
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_contender_that_is_unfit_fails_nothing(harness):
+    unfit = harness.Contender("peer", raising(harness.Unfit("finds 0.9 at most")), equals(1))
+    case = case_of(harness, harness.Contender("ours", returning(1), equals(1)), unfit)
+    result = harness.run_case(case, True, 1, 1, 60)
+    assert result["contenders"][1]["status"] == "unfit"
+    assert result["contenders"][1]["detail"] == "finds 0.9 at most"
+    assert load("command").complain({"family": "family", "cases": [result]}) == 0
 
 
 def test_brute_force_of_the_hamming_benchmark():
