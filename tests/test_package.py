@@ -7,8 +7,6 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-import pytest
-
 import pentad
 from pentad import _C
 
@@ -51,11 +49,3 @@ def test_public_names_have_docstrings_and_exist():
 
 def test_typed():
     assert (Path(pentad.__file__).parent / "py.typed").exists()
-
-
-@pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 6, 7])
-def test_readme_examples_run(number, tmp_path, monkeypatch):
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 8
-    monkeypatch.chdir(tmp_path)
-    exec(compile(examples[number], f"README example {number}", "exec"), {})
