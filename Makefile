@@ -15,7 +15,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
   pictures numerics clean
 
 help:
-	@echo "make demo     set up and search the documentation installed here"
+	@echo "make demo     set up and show the whole package on real input, with a report"
 	@echo "make test     set up and run every test"
 	@echo "make docs     build the documentation into site/"
 	@echo "make install lint format bench wheel test-python test-cpp test-sanitize clean"
@@ -28,7 +28,7 @@ $(BIN)/python:
 $(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt pip
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
-	$(BIN)/python tools/requirements.py build search torch encoders bench dev >$(VENV)/requirements.txt
+	$(BIN)/python tools/requirements.py build search torch encoders bench demo dev >$(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
@@ -41,7 +41,7 @@ install: $(PACKAGE)
 # --- The main job ----------------------------------------------------------------------------------
 
 demo: install
-	$(BIN)/python tools/demo.py $(DEMO_ARGS)
+	$(BIN)/pentad demo --out build/demo $(DEMO_ARGS)
 
 # --- Tests -----------------------------------------------------------------------------------------
 

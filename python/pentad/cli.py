@@ -173,6 +173,12 @@ def _bench(options: argparse.Namespace, started_up: float) -> int:
     )
 
 
+def _demo(options: argparse.Namespace, started_up: float) -> int:
+    from . import demo
+
+    return min(demo.run(options.out, small=options.small, stages=options.stage), 1)
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
@@ -205,6 +211,24 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what this installation and machine can do")
     info.add_argument("--json", action="store_true", help="one JSON object")
     info.set_defaults(run=_info)
+
+    demo = commands.add_parser("demo", help="the whole package on real input, in some minutes")
+    demo.add_argument("--small", action="store_true", help="a smoke run, in seconds")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("pentad-demo"),
+        metavar="DIR",
+        help="where to write the report and what is made (%(default)s)",
+    )
+    demo.add_argument(
+        "--stage",
+        action="append",
+        default=[],
+        choices=("search", "model", "dropin"),
+        help="only this one; may be repeated",
+    )
+    demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="measure against the peers that are installed")
     bench.add_argument(
