@@ -24,9 +24,10 @@ def bars(
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         drawn = axis.barh(places, values, color=[OTHERS if m else OURS for m in faded], height=0.66)
         axis.bar_label(drawn, [_short(v) for v in values], padding=4, fontsize=9, color=INK)
-        axis.set_title(title, fontsize=10.5, color=INK, loc="left")
+        scale = ", log scale" if title in logarithmic else ""
+        axis.set_title(title + scale, fontsize=10.5, color=INK, loc="left")
         axis.set_yticks(list(places), names)
-        if title in logarithmic:
+        if scale:
             axis.set_xscale("log")
             axis.set_xlim(min(values) / 2, max(values) * 8)
         else:
@@ -63,9 +64,9 @@ def losses(ours: Sequence[float], plain: Sequence[float], held_out: float) -> Fi
     """The loss of each step, and of the twin's first ones on top of it."""
     figure = _figure(11, 3.6)
     whole, first = figure.subplots(1, 2, width_ratios=(2.2, 1))
-    smooth, running = [], ours[0]
+    smooth, running, share = [], ours[0], min(20 / len(ours), 0.5)
     for loss in ours:
-        running = 0.95 * running + 0.05 * loss
+        running += share * (loss - running)
         smooth.append(running)
     steps = range(1, len(ours) + 1)
     whole.plot(steps, ours, color=OURS, alpha=0.3, linewidth=1)

@@ -194,8 +194,8 @@ def finish(report, model, held_out, checkpoint: Path, trained: Trained) -> Train
         stepped = [model.step(t[None], caches, i)[0] for i, t in enumerate(sequences[0])]
     error = float((torch.stack(stepped) - whole).abs().max())
     samples, began = [], time.perf_counter()
-    for prompt in PROMPTS:
-        text = model.generate(prompt, GENERATED)
+    for seed, prompt in enumerate(PROMPTS):
+        text = model.generate(prompt, GENERATED, seed=seed)
         samples.append(text.decode("utf-8", "replace"))
         report("writing", len(samples), len(PROMPTS))
     took = (time.perf_counter() - began) / sum(len(p) + GENERATED - 1 for p in PROMPTS)
