@@ -6,6 +6,7 @@ The examples in docstrings, which the site shows too, run in test_docstrings.py.
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import io
 import re
@@ -181,6 +182,27 @@ def test_every_page_is_in_the_navigation():
         re.findall(r"^ +- (?:[\w ]+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     )
     assert listed == {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")}
+
+
+def test_the_measured_errors_are_those_of_the_script():
+    """Every operation of tools/docs/numerics.py stands on the page in every dtype; and one family,
+    the cheapest, keeps its budget again."""
+    pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("numerics", ROOT / "tools/docs/numerics.py")
+    numerics = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(numerics)
+    cases = numerics.cases()
+    rows = re.findall(
+        r"^\| ([^|]*`[^|]*) \| (\w+) \| +[\d-]", numerics.PAGE.read_text(), re.MULTILINE
+    )
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in numerics.DTYPES]
+    assert rows == [(case.name, dtype) for case in cases for dtype in dtypes]
+    for case in cases:
+        if case.family == "Hamming":
+            for dtype in numerics.DTYPES:
+                pairs = numerics.measure(case, dtype)
+                for pair, budget in zip(pairs, numerics.BUDGETS, strict=True):
+                    assert numerics.within(dtype, pair, budget), case.name
 
 
 def test_links_between_files_of_the_repository():

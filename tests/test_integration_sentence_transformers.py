@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`semantic_search_pentad`: its results, its signature, and embeddings of a real SparseEncoder."""
 
-import doctest
 import inspect
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pentad.integrations import sentence_transformers as integration  # noqa: E402
 from pentad.integrations.sentence_transformers import semantic_search_pentad  # noqa: E402
 from pentad.sparse.index import SparseIndex  # noqa: E402
 
@@ -133,12 +131,6 @@ def test_index_options_for_an_index_that_is_there():
         semantic_search_pentad(
             embeddings(2).to_sparse(), None, SparseIndex(50), index_kwargs={"values": "uint8"}
         )
-
-
-def test_the_example_runs():
-    result = doctest.testmod(integration)
-    assert result.attempted == 7
-    assert not result.failed
 
 
 # --- With sentence-transformers -------------------------------------------------------------------

@@ -66,5 +66,6 @@ __all__ = [
     "pq",
     "scan",
     "set_num_threads",
+    "sparse",
     "thread_runtime",
 ]

@@ -8,6 +8,7 @@ import html
 import re
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL
@@ -23,4 +24,6 @@ def _mathml(found: re.Match) -> str:
     formula = convert(
         html.unescape(inline or block).strip(), display="inline" if inline else "block"
     )
+    if "\\" in formula:  # a command that the converter does not know is left as it is
+        raise PluginError(f"no MathML for {inline or block}")
     return f'<{tag} class="formula">{formula}</{tag}>'
