@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """BinaryIndex and BinaryIVFIndex: against a dict and brute force, and what they refuse."""
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 from cases import METRICS, assert_same, codes, laid_out
@@ -269,56 +266,6 @@ def test_doubles_keep_their_signs(cls):
     assert index.search(doubles[:, :5].repeat(2, 1)[:, :7] * 0 + 1e-60, 1).scores.tolist() == [[4]]
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_float_input_of_every_dtype(rng, cls, dtype):
-    vectors = whole_vectors(rng, 30, 20)
-    index = make(cls, 20, store="int8")
-    index.add(vectors.astype(dtype))
-    assert_same(index.reconstruct(np.arange(30)), vectors)
-    want = index.search(vectors, 3, rescore="store")
-    assert_same(tuple(index.search(vectors.astype(dtype), 3, rescore="store")), tuple(want))
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_torch_comes_back_as_torch(rng, cls):
-    torch = pytest.importorskip("torch")
-    vectors = whole_vectors(rng, 60, 20)
-    index, other = make(cls, 20, store="int8"), make(cls, 20, store="int8")
-    ids = np.arange(60)[::-1].copy()
-    index.add(vectors, ids)
-    leaf = torch.nn.Parameter(torch.from_numpy(vectors))
-    other.add(leaf, torch.from_numpy(ids))
-    for rescore in (None, "bits", "store"):
-        want = index.search(vectors[:4], 3, rescore=rescore)
-        got = other.search(leaf[:4], 3, rescore=rescore, filter=torch.ones(60, dtype=torch.bool))
-        assert all(isinstance(part, torch.Tensor) for part in got)
-        assert_same(tuple(part.numpy() for part in got), tuple(want))
-    got = other.range_search(torch.from_numpy(vectors[:4]), 3, filter=torch.arange(60))
-    assert all(isinstance(part, torch.Tensor) for part in got)
-    assert_same(tuple(p.numpy() for p in got), index.range_search(vectors[:4], 3))
-    negated = torch.from_numpy(vectors)._neg_view()
-    assert_same(other.search(negated, 1).ids.numpy(), index.search(-vectors, 1).ids)
-    assert_same(
-        other.search(torch.from_numpy(vectors).bfloat16(), 2, rescore="store").scores.numpy(),
-        index.search(vectors, 2, rescore="store").scores,
-    )
-    other.update(torch.tensor([5]), -leaf[:1])
-    assert_same(other.reconstruct(torch.tensor([5])), -vectors[:1])
-    assert other.remove(torch.tensor([1, 2, 999])) == 2
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_automatic_ids_follow_the_largest_present(rng, cls):
-    index = make(cls, 16)
-    index.add(codes(rng, 3, 16), [7, 2, 100])
-    index.add(codes(rng, 2, 16))
-    assert index.ids.tolist() == [2, 7, 100, 101, 102]
-    index.remove([101])
-    index.add(codes(rng, 1, 16))
-    assert index.ids.tolist() == [2, 7, 100, 102, 103]
-
-
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("cls", CLASSES)
 def test_large_adds_in_unaligned_pieces(rng, threads, cls, metric):
@@ -331,188 +278,19 @@ def test_large_adds_in_unaligned_pieces(rng, threads, cls, metric):
     assert_same(index.reconstruct(index.ids), reference.unpack(rows, 70).astype(np.float32))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_an_id_may_be_reconstructed_twice(rng, cls):
-    vectors = whole_vectors(rng, 9, 20)
-    index = make(cls, 20, store="float16")
-    index.add(vectors)
-    assert_same(index.reconstruct([3, 3, 0, 3]), vectors[[3, 3, 0, 3]])
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_the_largest_id(rng, cls):
-    rows = codes(rng, 2, 16)
-    index = make(cls, 16)
-    index.add(rows[:1], np.array([2**63 - 1], np.uint64))
-    assert index.search(rows[:1], 1).ids.tolist() == [[2**63 - 1]]
-    with pytest.raises(ValueError, match="no 1 ids are left"):
-        index.add(rows[1:])
-    assert index.ids.tolist() == [2**63 - 1]
-    index.add(rows[:0])
-    assert len(index) == 1
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("metric", METRICS)
-def test_an_empty_index_answers(cls, metric):
-    index = make(cls, 24, metric=metric, store="int8")
-    queries = np.ones((2, 24), np.float32)
-    worst = {"hamming": 2**31 - 1, "and": -1, "jaccard": np.inf}[metric]
-    for k in (0, 3):
-        for filter in (None, [], np.zeros(0, bool), [4]):
-            scores, ids = index.search(queries, k, filter=filter)
-            assert_same(ids, np.full((2, k), -1, np.int64))
-            assert (scores == worst).all()
-            assert scores.shape == (2, k)
-            for rescore in ("bits", "store"):
-                scores, ids = index.search(queries, k, rescore=rescore, filter=filter)
-                assert_same(ids, np.full((2, k), -1, np.int64))
-                assert_same(scores, np.full((2, k), -np.inf, np.float32))
-    indptr, values, ids = index.range_search(queries, 100)
-    assert indptr.tolist() == [0, 0, 0]
-    assert len(values) == len(ids) == 0
-    assert index.remove([1, 2]) == 0
-    index.add(np.zeros((0, 24), np.float32))
-    index.update([], np.zeros((0, 24), np.float32))
-    assert index.reconstruct([]).shape == (0, 24)
-    assert index.search(queries[:0], 3).ids.shape == (0, 3)
-    assert len(index) == 0
-    assert index.ids.tolist() == []
-
-
-def test_ids_cannot_be_written(rng):
-    for cls in CLASSES:
-        index = make(cls, 8)
-        index.add(codes(rng, 3, 8))
-        with pytest.raises(ValueError, match="read-only"):
-            index.ids[0] = 5
-
-
-def test_what_was_given_may_change_afterwards(rng):
-    for cls in CLASSES:
-        vectors = whole_vectors(rng, 20, 10)
-        ids = np.arange(20)
-        index = make(cls, 10, store="float16")
-        index.add(vectors, ids)
-        want = vectors.copy()
-        vectors[:] = 0
-        ids[:] = 0
-        assert index.ids.tolist() == list(range(20))
-        assert_same(index.reconstruct(index.ids), want)
-
-
-@pytest.mark.parametrize("cls", [BinaryIndex, BinaryIVFIndex])
-@pytest.mark.parametrize("by", ["bits", "store"])
-def test_rescoring_apart_equals_rescoring_within(cls, by):
-    rng = np.random.default_rng(5)
-    vectors = rng.standard_normal((300, 70)).astype(np.float32)
-    index = cls(70, store="int8") if cls is BinaryIndex else cls(70, 4, store="int8", nprobe=4)
-    if cls is BinaryIVFIndex:
-        index.train(vectors)
-    index.add(vectors, rng.permutation(1000)[:300])
-    within = index.search(vectors[:9], 6, rescore=by, oversample=5)
-    apart = index.rescore(vectors[:9], index.search(vectors[:9], 30).ids, by=by)
-    assert (apart.ids[:, :6] == within.ids).all()
-    assert (apart.scores[:, :6] == within.scores).all()
-    found = index.search(vectors[:9], 30).ids
-    for layout in ("fortran", "reversed", "strided"):
-        again = index.rescore(laid_out(vectors[:9], layout), laid_out(found, layout), by=by)
-        assert_same(tuple(again), tuple(apart))
-    assert index.rescore(vectors[:9], found[:, :0], by=by).ids.shape == (9, 0)
-    assert index.rescore(vectors[:0], found[:0], by=by).ids.shape == (0, 30)
-    some = index.rescore(vectors[:1], np.array([[-1, 2000, index.ids[7]]]), by=by)
-    assert some.ids.tolist() == [[index.ids[7], -1, -1]]
-    assert some.scores[0, 1:].tolist() == [-np.inf, -np.inf]
-
-
-def test_rescore_refuses():
-    index = BinaryIndex(16)
-    index.add(np.ones((3, 16), np.float32))
-    query, ids = np.ones((2, 16), np.float32), np.zeros((2, 1), np.int64)
-    with pytest.raises(ValueError, match="store=None"):
-        index.rescore(query, ids)
-    with pytest.raises(ValueError, match="by is 'best'"):
-        index.rescore(query, ids, by="best")
-    with pytest.raises(TypeError, match="not codes"):
-        index.rescore(np.zeros((2, 2), np.uint8), ids, by="bits")
-    with pytest.raises(TypeError, match="int32"):
-        index.rescore(query, ids.astype(np.int32), by="bits")
-    with pytest.raises(ValueError, match=r"expected \(2, c\)"):
-        index.rescore(query, ids[:1], by="bits")
-
-
-# --- Refusals -------------------------------------------------------------------------------------
-
+# --- What binary indexes alone refuse: test_index_errors.py has the rest ---------------------------
+# --- What binary indexes alone refuse: test_index_errors.py has the rest --------------------------
 V = np.ones((2, 20), np.float32)
 C = np.zeros((2, 3), np.uint8)
 NAN = np.where(np.eye(2, 20), np.nan, 1).astype(np.float32)
 
 REFUSED = {
-    "add columns": (lambda i: i.add(V[:, :19]), ValueError, "19 columns"),
     "add bytes": (lambda i: i.add(C[:, :2]), (ValueError, TypeError), "bytes"),
-    "add rank": (lambda i: i.add(V[0]), ValueError, "shape"),
-    "add dtype": (lambda i: i.add(V.astype(np.int32)), TypeError, "dtype int32"),
-    "add objects": (lambda i: i.add(V.astype(object)), TypeError, "dtype object"),
-    "add structures": (lambda i: i.add(np.zeros((2, 20), [("a", "f4")])), TypeError, "dtype"),
-    "add big-endian": (lambda i: i.add(V.astype(">f4")), TypeError, "dtype >f4"),
-    "add a list": (lambda i: i.add([[1.0] * 20]), TypeError, "is list"),
-    "add None": (lambda i: i.add(None), TypeError, "vectors is NoneType"),
-    "add NaN": (lambda i: i.add(NAN), ValueError, "NaN"),
     "add padding": (lambda i: i.add(C | 1), (ValueError, TypeError), "padding|takes float"),
-    "add ids length": (lambda i: i.add(V, [90]), ValueError, "1 ids for 2 rows"),
-    "add ids twice": (lambda i: i.add(V, [90, 90]), ValueError, "90 is given twice"),
-    "add ids taken": (lambda i: i.add(V, [90, 4]), ValueError, "id 4 is already"),
-    "add ids negative": (lambda i: i.add(V, [90, -1]), ValueError, "-1 is negative"),
-    "add ids float": (lambda i: i.add(V, [90.0, 91.0]), TypeError, "dtype float64"),
-    "add ids bool": (lambda i: i.add(V, [True, False]), TypeError, "dtype bool"),
-    "add ids text": (lambda i: i.add(V, ["a", "b"]), TypeError, "dtype"),
-    "add ids rank": (lambda i: i.add(V, [[90, 91]]), ValueError, "one dimension"),
-    "add ids scalar": (lambda i: i.add(V, 90), ValueError, "one dimension"),
-    "add ids huge": (lambda i: i.add(V, np.array([90, 2**63], "u8")), ValueError, "exceeds"),
-    "add ids beyond": (lambda i: i.add(V, [90, 2**64]), TypeError, "dtype object"),
-    "search k": (lambda i: i.search(V, -1), ValueError, "k is -1"),
-    "search float k": (lambda i: i.search(V, 1.0), TypeError, "k is 1.0"),
-    "search columns": (lambda i: i.search(V[:, :5], 1), ValueError, "5 columns"),
-    "search rank": (lambda i: i.search(V[0], 1), ValueError, "shape"),
-    "search NaN": (lambda i: i.search(NAN, 1), ValueError, "NaN"),
-    "search infinity": (lambda i: i.search(V * np.inf, 1), ValueError, "infinity"),
     "search padding": (lambda i: i.search(C | 1, 1), ValueError, "padding"),
-    "search list": (lambda i: i.search([[0, 0, 0]], 1), TypeError, "is list"),
-    "search rescore": (lambda i: i.search(V, 1, rescore="all"), ValueError, "rescore is 'all'"),
     "search rescore codes": (lambda i: i.search(C, 1, rescore="bits"), TypeError, "float queries"),
-    "search oversample": (lambda i: i.search(V, 1, oversample=0), ValueError, "oversample is 0"),
-    "search oversample type": (lambda i: i.search(V, 1, oversample=1.5), TypeError, "oversample"),
-    "search filter length": (
-        lambda i: i.search(V, 1, filter=np.ones(3, bool)),
-        ValueError,
-        "filter",
-    ),
-    "search filter rank": (
-        lambda i: i.search(V, 1, filter=np.ones((10, 1), bool)),
-        ValueError,
-        "filter",
-    ),
-    "search filter float": (lambda i: i.search(V, 1, filter=[1.5]), TypeError, "dtype float64"),
-    "search filter negative": (lambda i: i.search(V, 1, filter=[-2]), ValueError, "negative"),
-    "search beyond memory": (lambda i: i.search(V, 2**42), MemoryError, None),
     "rescored beyond memory": (lambda i: i.search(V, 2**42, rescore="bits"), MemoryError, None),
-    "range NaN": (lambda i: i.range_search(V, np.nan), ValueError, "radius is NaN"),
-    "range queries": (lambda i: i.range_search(V[:, :5], 1), ValueError, "5 columns"),
-    "range text": (lambda i: i.range_search(V, "x"), TypeError, "radius is 'x'"),
-    "remove twice": (lambda i: i.remove([1, 1]), ValueError, "1 is given twice"),
-    "remove negative": (lambda i: i.remove([-1]), ValueError, "negative"),
-    "remove float": (lambda i: i.remove([1.0]), TypeError, "dtype float64"),
-    "remove scalar": (lambda i: i.remove(1), ValueError, "one dimension"),
-    "update unknown": (lambda i: i.update([1, 99], V), ValueError, "99 is not in the index"),
-    "update length": (lambda i: i.update([1], V), ValueError, r"update\] 1 ids for 2 rows"),
-    "update twice": (lambda i: i.update([1, 1], V), ValueError, "given twice"),
-    "update columns": (lambda i: i.update([1, 2], V[:, :3]), ValueError, r"update\].*3 columns"),
-    "update NaN": (lambda i: i.update([1, 2], NAN), ValueError, "NaN"),
-    "update dtype": (lambda i: i.update([1, 2], V.astype(int)), TypeError, "dtype int64"),
     "update padding": (lambda i: i.update([1, 2], C | 1), (ValueError, TypeError), None),
-    "reconstruct unknown": (lambda i: i.reconstruct([99]), ValueError, "99 is not in the index"),
-    "reconstruct scalar": (lambda i: i.reconstruct(1), ValueError, "one dimension"),
-    "save nowhere": (lambda i: i.save("/nonexistent/folder/x"), FileNotFoundError, None),
 }
 
 
@@ -548,10 +326,11 @@ def test_a_storing_index_takes_no_codes():
         assert_same(index.reconstruct([0, 1]), V)
 
 
-def test_rescoring_by_what_was_not_stored():
-    for cls in CLASSES:
-        with pytest.raises(ValueError, match="store=None"):
-            make(cls, 20).search(V, 1, rescore="store")
+def test_rescoring_takes_no_codes():
+    index = make(BinaryIndex, 20)
+    index.add(V)
+    with pytest.raises(TypeError, match="not codes"):
+        index.rescore(C, np.zeros((2, 1), np.int64), by="bits")
 
 
 @pytest.mark.parametrize(
@@ -566,16 +345,12 @@ def test_rescoring_by_what_was_not_stored():
         (lambda: BinaryIVFIndex(8, 0), ValueError, "lists is 0"),
         (lambda: BinaryIVFIndex(8, 2.5), TypeError, "lists is 2.5"),
         (lambda: BinaryIVFIndex(8, 4, nprobe=0), ValueError, "nprobe is 0"),
-        (lambda: BinaryIVFIndex(8, 4).search(C[:, :1], 1), ValueError, "not trained"),
-        (lambda: BinaryIVFIndex(8, 4).range_search(C[:, :1], 1), ValueError, "not trained"),
-        (lambda: BinaryIVFIndex(8, 4).add(C[:, :1]), ValueError, "not trained"),
-        (lambda: BinaryIVFIndex(8, 4).update([], C[:0, :1]), ValueError, "not trained"),
         (lambda: BinaryIVFIndex(8, 4).train(C[:, :1]), ValueError, "2 rows for 4 lists"),
         (lambda: BinaryIVFIndex(8, 1).train(V), ValueError, "20 columns"),
         (lambda: BinaryIVFIndex(20, 1).train(NAN), ValueError, "NaN"),
     ],
 )
-def test_bad_construction_and_order_of_use(call, error, message):
+def test_bad_construction_and_training(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -585,26 +360,3 @@ def test_the_widest_index(rng):
     rows = codes(rng, 3, 65_472)
     index.add(rows)
     assert_same(tuple(index.search(rows, 2)), reference.topk(rows, rows, 2))
-
-
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda i: pickle.loads(pickle.dumps(i))])
-def test_copies_are_independent(how):
-    rng = np.random.default_rng(6)
-    index = BinaryIndex(64)
-    index.add(rng.integers(0, 256, (10, 8), dtype=np.uint8))
-    index.add(rng.integers(0, 256, (10, 8), dtype=np.uint8))  # leaves room in the last block
-    other = how(index)
-    rows = index.codes()
-    index.add(np.full((1, 8), 1, np.uint8))
-    other.add(np.full((1, 8), 2, np.uint8))
-    assert (index.codes() == np.vstack([rows, np.full((1, 8), 1)])).all()
-    assert (other.codes() == np.vstack([rows, np.full((1, 8), 2)])).all()
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_results_of_a_search_may_filter_another(cls):
-    index = make(cls, 8)
-    index.add(np.array([[1], [2], [4]], np.uint8))
-    found = index.search(np.array([[1]], np.uint8), 5).ids  # ends with -1
-    again = index.search(np.array([[1]], np.uint8), 5, filter=found[0])
-    assert (again.ids == found).all()

@@ -76,28 +76,3 @@ def test_training_on_few_distinct_rows(rng, rows):
     index.add(np.repeat(distinct, 4, 0))
     want = reference.topk(distinct, np.repeat(distinct, 4, 0), 5)
     assert_same(tuple(index.search(distinct, 5)), want)
-
-
-def test_training_again_needs_an_empty_index(rng):
-    index = make(BinaryIVFIndex, 16)
-    rows = codes(rng, 20, 16)
-    index.add(rows)
-    centroids = index.centroids.copy()
-    with pytest.raises(ValueError, match="already holds 20 rows"):
-        index.train(rows)
-    assert_same(index.centroids, centroids)
-    assert_same(tuple(index.search(rows, 2)), reference.topk(rows, rows, 2))
-    index.remove(range(20))
-    index.train(rows)
-    index.add(rows)
-    assert len(index) == 20
-
-
-def test_an_untrained_index_survives_its_file(tmp_path, rng):
-    BinaryIVFIndex(16, 3).save(tmp_path / "x")
-    index = BinaryIVFIndex.load(tmp_path / "x")
-    with pytest.raises(ValueError, match="not trained"):
-        index.search(codes(rng, 1, 16), 1)
-    index.train(codes(rng, 5, 16))
-    index.add(codes(rng, 5, 16))
-    assert len(index) == 5

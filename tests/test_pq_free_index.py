@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ScalarIndex and RaBitQIndex: equal to their definitions, and the contract of every index."""
-
-import copy
-import pickle
+"""ScalarIndex and RaBitQIndex: equal to their definitions."""
 
 import numpy as np
 import pytest
@@ -12,8 +9,7 @@ from hypothesis import strategies as st
 from pq_free_cases import CLASSES, KINDS, Model, make
 from pq_index_cases import METRICS, STORES, whole_vectors
 
-import pentad
-from pentad.pq import PQIndex, RaBitQIndex, ScalarIndex
+from pentad.pq import RaBitQIndex, ScalarIndex
 
 
 @settings(max_examples=40)
@@ -145,72 +141,6 @@ def test_changes(rng, kind, store):
     assert_same(index.ids, ids)
     assert_same(index.codes(), model.codes)
     assert_same(tuple(index.search(vectors[:4], 30)), model.search(vectors[:4], 30))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("store", STORES)
-def test_files(rng, tmp_path, kind, metric, store):
-    path = tmp_path / "x.pentad"
-    for n, mmap in [(0, True), (64, False), (77, True)]:
-        index = make(kind, 10, metric=metric, store=store, seed=3)
-        vectors = whole_vectors(rng, n + 5, 10)
-        index.train(vectors)
-        index.add(vectors[:n], rng.permutation(1000)[:n])
-        index.save(path)
-        loaded = type(index).load(path, mmap=mmap)
-        for name in index._options:
-            assert getattr(loaded, name) == getattr(index, name)
-        assert_same(loaded.centre, index.centre)
-        before = path.read_bytes()
-        for changed in (index, loaded):
-            changed.add(vectors[n:])
-            changed.update(changed.ids[:1], vectors[:1])
-        assert_same(loaded.reconstruct(loaded.ids), index.reconstruct(index.ids))
-        assert_same(tuple(loaded.search(vectors, 9)), tuple(index.search(vectors, 9)))
-        assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_altered_parts_are_refused(rng, tmp_path, kind):
-    index = make(kind, 10)
-    index.add(rng.standard_normal((70, 10)))
-    meta, arrays = index.to_sections()
-    cls = type(index)
-    bad = {
-        "rotation": [arrays["rotation"][1:], arrays["rotation"].astype(np.float64)],
-        "centre": [np.full(10, np.nan, np.float32), np.zeros(9, np.float32)],
-        "code_scale": [-arrays["code_scale"], arrays["code_scale"] * np.float32(np.inf)],
-        "code_bias": [np.full(70, np.nan, np.float32), arrays["code_bias"][:-1]],
-        "blocks": [arrays["blocks"][:1]],
-        "ids": [arrays["ids"][::-1].copy()],
-    }
-    for name, parts in bad.items():
-        for part in parts:
-            with pytest.raises(pentad.FormatError):
-                cls.from_sections(meta, arrays | {name: part})
-        with pytest.raises(pentad.FormatError):
-            cls.from_sections(meta, {k: v for k, v in arrays.items() if k != name})
-    with pytest.raises(pentad.FormatError):
-        cls.from_sections(meta | {"dim": 11}, arrays)
-    index.save(tmp_path / "x")
-    with pytest.raises(pentad.FormatError, match=r"expected 'pq\.PQIndex'"):
-        PQIndex.load(tmp_path / "x")
-    content = bytearray((tmp_path / "x").read_bytes())
-    content[-200] ^= 1
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(pentad.FormatError):
-        cls.load(tmp_path / "x")
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda i: pickle.loads(pickle.dumps(i))])
-def test_copies_are_independent(rng, cls, how):
-    index = cls(8)
-    index.add(rng.standard_normal((5, 8)))
-    other = how(index)
-    other.add(rng.standard_normal((3, 8)))
-    assert (len(index), len(other)) == (5, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SparseIndex: against a dict and brute force."""
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 from cases import assert_same
@@ -490,21 +487,6 @@ def test_values_of_every_dtype(rng, dtype):
     assert_same(other.reconstruct(other.ids), index.reconstruct(index.ids))
 
 
-def test_the_caller_keeps_its_arrays(rng):
-    vectors = one_each(rng, 30, 40)
-    before = copy.deepcopy(vectors)
-    index = SparseIndex(40)
-    index.add(vectors)
-    for array in vectors:
-        array[:] = 0
-    assert_same(index.reconstruct(index.ids)[:3], before)
-    kept = index.reconstruct([0, 1])
-    kept[2][:] = 77
-    assert_same(index.reconstruct(index.ids)[:3], before)
-    with pytest.raises(ValueError, match="read-only"):
-        index.ids[0] = 5
-
-
 def test_zeros_are_dropped(rng):
     index = SparseIndex(10)
     index.add(as_csr([{0: 0.0, 1: 1.0, 2: -0.0}, {3: 0.0}, {}, {4: 1e-46}]))
@@ -535,36 +517,6 @@ def test_what_the_values_cost_in_precision(rng):
                 assert abs(kept.get(t, 0) - v) <= allowed
                 worst = max(worst, abs(kept.get(t, 0) - v))
         assert worst > 0
-
-
-# --- Copies ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
-def test_copies_share_nothing_that_changes(rng, values, how):
-    make = {
-        "copy": copy.copy,
-        "deepcopy": copy.deepcopy,
-        "pickle": lambda index: pickle.loads(pickle.dumps(index)),
-    }[how]
-    vectors, queries = draw(rng, 60, 30), draw(rng, 4, 30)
-    index, models = SparseIndex(30, values=values), [Model(values), Model(values)]
-    index.add(part(vectors, range(40)))
-    index.add(part(vectors, range(40, 50)))  # the arrays have room behind what counts
-    other = make(index)
-    assert (other.vocab_size, other.values) == (30, values)
-    index.add(part(vectors, [50]))
-    other.add(part(vectors, [51, 52]))
-    index.remove([3])
-    other.update([4], part(vectors, [53]))
-    for model in models:
-        model.put(range(50), part(vectors, range(50)))
-    models[0].put([50], part(vectors, [50]))
-    del models[0].rows[3]
-    models[1].put([50, 51, 4], part(vectors, [51, 52, 53]))
-    for i, model in zip((index, other), models, strict=True):
-        assert_same(tuple(i.search(queries, 60)), model.search(queries, 60))
 
 
 def test_without_torch_and_scipy():

@@ -4,6 +4,7 @@
 import numpy as np
 
 from pentad._arrays import like
+from pentad._checks import check_count
 from pentad._errors import FormatError
 from pentad._index import SearchResult
 from pentad._lists import InvertedIndex
@@ -61,19 +62,35 @@ class BinaryIVFIndex(CodeIndex, InvertedIndex):
 
     # --- Training ---------------------------------------------------------------------------------
 
-    def train(self, vectors_or_codes, *, seed: int = 0, iterations: int = _ITERATIONS) -> None:
-        """Fit the centroids to a sample of at least `lists` rows.
+    def train(
+        self, vectors_or_codes, *, seed: int = 0, iterations: int = _ITERATIONS, progress=None
+    ) -> None:
+        """Fit the centroids to a sample of the rows to come. The index must be empty.
 
-        Deterministic for a given seed. The index must be empty.
+        Parameters
+        ----------
+        vectors_or_codes : (n, dim) float or (n, ceil(dim / 8)) uint8
+            At least as many as there are lists.
+        seed : int
+            The result depends on this and the rows alone.
+        iterations : int
+        progress : callable, optional
+            Called with (stage, done, total).
+
+        Raises
+        ------
+        ValueError, TypeError
+            The index is unchanged.
         """
         op = self._op("train")
         codes = self._input("train", vectors_or_codes).codes
+        iterations = check_count(op, "iterations", iterations)
         if len(codes) < self.lists:
             raise ValueError(f"[{op}] {len(codes)} rows for {self.lists} lists")
         with self._writing:
             if len(self):
                 raise ValueError(f"[{op}] the index already holds {len(self)} rows")
-            self.centroids = k_majority(codes, self.dim, self.lists, seed, iterations)
+            self.centroids = k_majority(codes, self.dim, self.lists, seed, iterations, progress)
 
     def _ready(self, name):
         if self.centroids is None:
@@ -137,14 +154,16 @@ class BinaryIVFIndex(CodeIndex, InvertedIndex):
         return index
 
 
-def k_majority(codes, dim, count, seed=0, iterations=_ITERATIONS):
+def k_majority(codes, dim, count, seed=0, iterations=_ITERATIONS, progress=None):
     """`count` centroid codes of (n, bytes) codes by Lloyd's iteration in Hamming space.
 
     An empty cluster takes over the code that lies farthest from its centroid.
     """
     rng = np.random.default_rng(seed)
     centroids = codes[np.sort(rng.choice(len(codes), count, replace=False))]
-    for _ in range(iterations):
+    for done in range(iterations):
+        if progress is not None:
+            progress("lists", done, iterations)
         distances, nearest = (part[:, 0] for part in functional.topk(codes, centroids, 1))
         order = np.argsort(nearest, kind="stable")
         borders = np.searchsorted(nearest[order], np.arange(count + 1))
@@ -160,6 +179,8 @@ def k_majority(codes, dim, count, seed=0, iterations=_ITERATIONS):
         if (fresh == centroids).all():
             break
         centroids = fresh
+    if progress is not None:
+        progress("lists", iterations, iterations)
     return np.ascontiguousarray(centroids)
 
 
