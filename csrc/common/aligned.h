@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 #include <new>
 
 namespace pentad {
 
+// Memory on a cache-line boundary; throws std::bad_alloc.
+inline void* aligned_allocate(size_t bytes) { return ::operator new(bytes, std::align_val_t{64}); }
+inline void aligned_free(void* p) { ::operator delete(p, std::align_val_t{64}); }
+
 struct Free {
-  void operator()(void* p) const { std::free(p); }
+  void operator()(void* p) const { aligned_free(p); }
 };
 template <class T>
 using AlignedBuffer = std::unique_ptr<T[], Free>;
@@ -16,10 +19,7 @@ using AlignedBuffer = std::unique_ptr<T[], Free>;
 // Uninitialised scratch of `count` elements on a cache-line boundary; throws std::bad_alloc.
 template <class T>
 AlignedBuffer<T> aligned_buffer(size_t count) {
-  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, bytes ? bytes : 64);
-  if (!p) throw std::bad_alloc();
-  return AlignedBuffer<T>(static_cast<T*>(p));
+  return AlignedBuffer<T>(static_cast<T*>(aligned_allocate(count * sizeof(T))));
 }
 
 }  // namespace pentad

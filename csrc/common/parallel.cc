@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/parallel.h"
 
-#include <dlfcn.h>
-#include <link.h>
-#include <pthread.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -16,6 +11,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "common/process.h"
 
 namespace pentad {
 namespace {
@@ -29,9 +26,7 @@ int default_threads() {
     const long n = std::strtol(text, nullptr, 10);
     if (n >= 1) return static_cast<int>(std::min<long>(n, kMostThreads));
   }
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1u, std::thread::hardware_concurrency());
+  return usable_processors();
 }
 
 // One parallel region: every participant draws the next task until none is left.
@@ -56,19 +51,6 @@ struct Region {
   }
 };
 
-// How many libraries were loaded so far. A failed look-up by name searches the library paths, some
-// 20 us; it is repeated only when this has changed.
-unsigned long long loads() {
-  unsigned long long adds = 0;
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, size_t, void* out) {
-        *static_cast<unsigned long long*>(out) = info->dlpi_adds;
-        return 1;  // the first entry will do
-      },
-      &adds);
-  return adds;
-}
-
 // --- The adopted OpenMP runtime ------------------------------------------------------------------
 
 struct OpenMP {
@@ -79,26 +61,23 @@ struct OpenMP {
 
 template <class F>
 void lookup(F& f, const char* symbol) {
-  f = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, symbol));
+  f = reinterpret_cast<F>(find_symbol(symbol));
 }
 
-// Looked up until found, since torch may be imported after us.
+// Looked up until found, since torch may be imported after us; again only when another library has
+// been loaded, as a miss takes its time.
 const OpenMP* openmp() {
   static std::atomic<const OpenMP*> found{nullptr};
   if (forked.load(std::memory_order_relaxed)) return nullptr;
   if (const OpenMP* runtime = found.load(std::memory_order_acquire)) return runtime;
-  static std::atomic<unsigned long long> missed{0};
-  const unsigned long long now = loads();
+  static std::atomic<uint64_t> missed{0};
+  const uint64_t now = libraries_loaded();
   if (missed.exchange(now, std::memory_order_relaxed) == now) return nullptr;
   OpenMP candidate;
   lookup(candidate.parallel, "GOMP_parallel");
   lookup(candidate.in_parallel, "omp_in_parallel");
   if (!candidate.parallel || !candidate.in_parallel) return nullptr;
-  Dl_info info;
-  std::string path = "?";
-  if (dladdr(reinterpret_cast<void*>(candidate.parallel), &info) && info.dli_fname)
-    path = info.dli_fname;
-  candidate.name = "openmp (" + path.substr(path.rfind('/') + 1) + ")";
+  candidate.name = "openmp (" + library_of(reinterpret_cast<void*>(candidate.parallel)) + ")";
   const OpenMP* mine = new OpenMP(candidate);  // lives as long as the process
   const OpenMP* expected = nullptr;
   if (found.compare_exchange_strong(expected, mine, std::memory_order_acq_rel)) return mine;
@@ -111,6 +90,13 @@ const OpenMP* openmp() {
 // at::get_num_threads and at::set_num_threads, the functions behind torch.set_num_threads. OpenMP
 // keeps its number per thread, and torch sets a new thread's when that thread first asks, so asking
 // torch is the only way to agree with it everywhere.
+#if defined(_WIN32)
+constexpr const char* kGetNumThreads = "?get_num_threads@at@@YAHXZ";
+constexpr const char* kSetNumThreads = "?set_num_threads@at@@YAXH@Z";
+#else
+constexpr const char* kGetNumThreads = "_ZN2at15get_num_threadsEv";
+constexpr const char* kSetNumThreads = "_ZN2at15set_num_threadsEi";
+#endif
 struct Torch {
   int (*get_num_threads)() = nullptr;
   void (*set_num_threads)(int) = nullptr;
@@ -119,20 +105,13 @@ struct Torch {
 const Torch* loaded_torch() {
   static std::atomic<const Torch*> found{nullptr};
   if (const Torch* torch = found.load(std::memory_order_acquire)) return torch;
-  static std::atomic<unsigned long long> missed{0};
-  const unsigned long long now = loads();
+  static std::atomic<uint64_t> missed{0};
+  const uint64_t now = libraries_loaded();
   if (missed.exchange(now, std::memory_order_relaxed) == now) return nullptr;
-  void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (!library) return nullptr;
-  static Torch torch;
-  static std::once_flag once;
-  std::call_once(once, [library] {
-    torch.get_num_threads =
-        reinterpret_cast<int (*)()>(dlsym(library, "_ZN2at15get_num_threadsEv"));
-    torch.set_num_threads =
-        reinterpret_cast<void (*)(int)>(dlsym(library, "_ZN2at15set_num_threadsEi"));
-  });
-  if (!torch.get_num_threads || !torch.set_num_threads) return nullptr;
+  void* get = find_symbol("torch_cpu", kGetNumThreads);
+  void* set = find_symbol("torch_cpu", kSetNumThreads);
+  if (!get || !set) return nullptr;
+  static const Torch torch{reinterpret_cast<int (*)()>(get), reinterpret_cast<void (*)(int)>(set)};
   found.store(&torch, std::memory_order_release);
   return &torch;
 }
@@ -215,7 +194,7 @@ void in_child() {
 Pool& Pool::instance() {
   static std::once_flag once;
   std::call_once(once, [] {
-    pthread_atfork(nullptr, nullptr, in_child);
+    call_in_forked_child(in_child);
     pool.store(new Pool);  // never destroyed: workers may outlive static destructors
   });
   return *pool.load();

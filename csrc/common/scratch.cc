@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/scratch.h"
 
-#include <cstdlib>
 #include <new>
 #include <vector>
+
+#include "common/aligned.h"
 
 namespace pentad {
 namespace {
@@ -18,7 +19,7 @@ struct Kept {
   size_t bytes = 0;
 
   ~Kept() {
-    for (const Block& block : blocks) std::free(block.data);
+    for (const Block& block : blocks) aligned_free(block.data);
   }
 };
 
@@ -43,29 +44,28 @@ ScratchBytes::ScratchBytes(size_t bytes) {
     kept.blocks.pop_back();
     return;
   }
-  data_ = std::aligned_alloc(64, bytes);
-  if (!data_) throw std::bad_alloc();
+  data_ = aligned_allocate(bytes);
   bytes_ = bytes;
 }
 
 ScratchBytes::~ScratchBytes() {
   if (!data_) return;
   if (bytes_ > kMostKept) {
-    std::free(data_);
+    aligned_free(data_);
     return;
   }
   // What was used last is kept; what lay longest makes room.
   size_t drop = 0;
   while (drop < kept.blocks.size() && kept.bytes + bytes_ > kMostKept) {
     kept.bytes -= kept.blocks[drop].bytes;
-    std::free(kept.blocks[drop++].data);
+    aligned_free(kept.blocks[drop++].data);
   }
   kept.blocks.erase(kept.blocks.begin(), kept.blocks.begin() + static_cast<ptrdiff_t>(drop));
   try {
     kept.blocks.push_back({data_, bytes_});
     kept.bytes += bytes_;
   } catch (const std::bad_alloc&) {
-    std::free(data_);
+    aligned_free(data_);
   }
 }
 

@@ -11,7 +11,6 @@
 //   - The supply of pages: 130 ms by faults, 100 ms with MADV_POPULATE_WRITE, 20 ms in pages of
 //     2 MiB, but 400 and more where the system has none at hand, as in a virtual machine whose host
 //     takes back what is free.
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <numeric>
@@ -20,6 +19,7 @@
 
 #include "common/ceil_div.h"
 #include "common/parallel.h"
+#include "common/process.h"
 #include "common/scratch.h"
 #include "pq/product_keys.h"
 #include "pq/product_keys_drive.h"
@@ -123,18 +123,6 @@ const float* contiguous(const TensorView& d_out, int64_t groups, int64_t dv, Scr
     }
   });
   return copy.get();
-}
-
-// Pages for a part of the gradient of values that is about to be written, in one call instead of a
-// fault for each.
-void supply_pages(void* data, int64_t bytes) {
-#if defined(MADV_POPULATE_WRITE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  // A refusal changes nothing but the time.
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
-#endif
 }
 
 // d_weights (in which there may be something already), and the gradient of values.

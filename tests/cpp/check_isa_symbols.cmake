@@ -1,6 +1,6 @@
 # The objects of each level define only what stands in its own namespace: an inline function with
 # external linkage would be compiled once per level, and the linker might keep the AVX-512 copy.
-execute_process(COMMAND ${NM} -C --defined-only -A ${ARCHIVE} OUTPUT_VARIABLE symbols
+execute_process(COMMAND ${NM} --defined-only -A ${ARCHIVE} OUTPUT_VARIABLE symbols
                 COMMAND_ERROR_IS_FATAL ANY)
 string(REPLACE ";" "," symbols "${symbols}")
 string(REPLACE "\n" ";" symbols "${symbols}")
@@ -14,7 +14,8 @@ foreach(line IN LISTS symbols)
       continue() # local to the object
     endif()
     math(EXPR seen "${seen} + 1")
-    if(NOT symbol MATCHES "^pentad::${level}::")
+    string(LENGTH ${level} length)
+    if(NOT symbol MATCHES "^_+Z[A-Z]*6pentad${length}${level}") # mangled pentad::level::
       message(FATAL_ERROR "a unit of ${level} defines the shared symbol ${symbol} (${type})")
     endif()
   endif()
