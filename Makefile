@@ -6,19 +6,23 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 PACKAGE := $(VENV)/.pentad-installed
 DEPENDENCIES := $(VENV)/.dependencies-installed
-CMAKE_ARGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPENTAD_CUDA=OFF
+CMAKE_ARGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPENTAD_CUDA=OFF \
+  -DCCACHE=$(abspath $(BIN))/ccache
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+# The package, the C++ tests and the wheel compile the same kernels: once, as the cache knows them by
+# paths relative to this directory.
+export CCACHE_BASEDIR := $(CURDIR)
 
-.PHONY: help install demo test test-python test-cpp test-sanitize lint format bench wheel docs \
-  pictures numerics clean
+.PHONY: help install demo test test-python test-cpp test-sanitize test-aarch64 lint format bench wheel \
+  sdist sdist-check docs pictures numerics clean
 
 help:
 	@echo "make demo     set up and show the whole package on real input, with a report"
 	@echo "make test     set up and run every test"
 	@echo "make docs     build the documentation into site/"
-	@echo "make install lint format bench wheel test-python test-cpp test-sanitize clean"
+	@echo "make install lint format bench wheel sdist test-python test-cpp test-sanitize test-aarch64 clean"
 
 # --- Set-up: a virtual environment, pinned dependencies, the package ------------------------------
 
@@ -58,12 +62,25 @@ comma := ,
 
 test-cpp: build/cpp/build.ninja
 	$(BIN)/cmake --build build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure -j $(JOBS)
 
 # The same tests under the address and undefined-behaviour sanitizers.
 test-sanitize: build/sanitize/build.ninja
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -LE speed
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -LE speed -j $(JOBS)
+
+# The NEON kernels, cross-compiled and emulated. SAMPLE=1: one binary of each family, for CI.
+FAMILIES := ^(parallel|topk|hamming|scan_definition|matrix_definition|pq_assign|pq_lookup|sparse_score|sparse_splade|isa_symbols)$$
+test-aarch64: $(DEPENDENCIES)
+	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then \
+	  echo "test-aarch64 skipped: it needs g++-aarch64-linux-gnu and qemu-user"; \
+	else \
+	  $(BIN)/cmake -S . -B build/aarch64 $(CMAKE_ARGS) -DPENTAD_TESTS=ON \
+	    -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake && \
+	  $(BIN)/cmake --build build/aarch64 && \
+	  $(BIN)/ctest --test-dir build/aarch64 --output-on-failure -LE speed -j $(JOBS) \
+	    $(if $(SAMPLE),-R '$(FAMILIES)'); \
+	fi
 
 # --- Style -----------------------------------------------------------------------------------------
 
@@ -85,11 +102,25 @@ format: $(DEPENDENCIES)
 bench: install
 	$(BIN)/pentad bench $(BENCH_ARGS)
 
-# A wheel, and the proof that it imports beside nothing but numpy.
+# A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
 wheel: $(DEPENDENCIES)
-	rm -rf dist
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf dist build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps \
+	  -C install.strip=true -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+sdist: $(DEPENDENCIES)
+	rm -rf dist/*.tar.gz
+	$(BIN)/python -c "from scikit_build_core.build import build_sdist; print(build_sdist('dist'))"
+
+# The source distribution builds a wheel from its own files, with nothing fetched.
+sdist-check: sdist
+	rm -rf build/sdist && mkdir -p build/sdist
+	tar -xzf dist/*.tar.gz --strip-components=1 -C build/sdist
+	cd build/sdist && PATH="$(abspath $(BIN)):$$PATH" $(abspath $(BIN))/python -m pip wheel -q \
+	  --no-build-isolation --no-deps --no-index -w wheel .
+	$(BIN)/python tools/check_wheel.py build/sdist/wheel/*.whl
 
 # --- Documentation ---------------------------------------------------------------------------------
 

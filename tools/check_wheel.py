@@ -17,18 +17,6 @@ from elftools.elf.elffile import ELFFile
 ROOT = Path(__file__).parent.parent
 ALLOWED = re.compile(r"(libstdc\+\+|libgcc_s|lib(c|m|dl|pthread|rt)|ld-linux-.*)\.so\.\d+")
 
-USE = """
-import sys
-import numpy as np
-import pentad, pentad.hamming as hamming
-assert not {"torch", "sklearn", "rich"} & set(sys.modules), "an optional package was imported"
-vectors = np.random.default_rng(0).standard_normal((500, 100)).astype(np.float32)
-index = hamming.BinaryIndex(100, store="int8")
-index.add(vectors)
-assert (index.search(vectors, 1, rescore="store").ids[:, 0] == np.arange(500)).all()
-print("imports and searches beside numpy alone:", pentad.__version__, pentad.isa())
-"""
-
 
 def linked(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
@@ -50,7 +38,7 @@ def used(wheel: Path) -> None:
         pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, "-c", ROOT / "constraints.txt", "numpy"], check=True)
         subprocess.run([*pip, "--no-index", "--no-deps", wheel.resolve()], check=True)
-        subprocess.run([python, "-c", USE], check=True, cwd=folder)
+        subprocess.run([python, ROOT / "tools/smoke.py"], check=True, cwd=folder)
 
 
 if __name__ == "__main__":
