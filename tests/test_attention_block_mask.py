@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """BlockMask: each builder against its definition element by element, and the lists themselves."""
 
-import subprocess
-import sys
-
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from cases import run_python  # noqa: E402
 
 from pentad.attention import BlockMask  # noqa: E402
 
@@ -345,28 +344,28 @@ def test_bad_arguments(build, error, words):
         build()
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        "BlockMask.sliding_window(n, window=(100, 0))",
-        "BlockMask.prefix_lm(n, prefix=100)",
-        "BlockMask.document(torch.arange(n) // 500, causal=True)",
-        "BlockMask.tree(torch.arange(n) - 1)",
-        "BlockMask.from_function(lambda b, h, i, j: (i - j).abs() < 99, 1, 1, n)",
-    ],
-)
-def test_no_builder_forms_the_matrix(build):
+def test_no_builder_forms_the_matrix():
     # The matrix of n = 20,000 has 400 MB as bool; a row of blocks has 10 MB as int64.
-    code = f"""
-import resource, torch
-from pentad.attention import BlockMask
-torch.set_num_threads(1)
-n = 128
-{build}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-n = 20_000
-{build}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100_000  # KiB
+    grown = run_python(
+        """
+        import resource, torch
+        from pentad.attention import BlockMask
+        torch.set_num_threads(1)
+        builders = (
+            lambda n: BlockMask.sliding_window(n, window=(100, 0)),
+            lambda n: BlockMask.prefix_lm(n, prefix=100),
+            lambda n: BlockMask.document(torch.arange(n) // 500, causal=True),
+            lambda n: BlockMask.tree(torch.arange(n) - 1),
+            lambda n: BlockMask.from_function(lambda b, h, i, j: (i - j).abs() < 99, 1, 1, n),
+        )
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for build in builders:
+            build(128)
+        before = peak()
+        for build in builders:
+            build(20_000)
+            print(peak() - before)
+        """
+    )
+    assert all(int(line) < 100_000 for line in grown.split()), grown  # KiB, after each builder
