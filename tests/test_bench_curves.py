@@ -114,11 +114,14 @@ def test_every_curve_measures_right_answers(curves, options):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_long_attention_is_solved_in_parts(monkeypatch, gradients):
+def test_long_attention_is_solved_at_some_queries(monkeypatch, gradients):
     data, whole = load("curves_data"), load("attention_data")
-    monkeypatch.setattr(data, "ROWS", 5)
-    problem = data.long_problem(12, gradients)
-    reference = whole.random_problem((1, 1, 12, 64), torch.float32, causal=True)
+    monkeypatch.setattr(data, "APART", 3)
+    monkeypatch.setattr(data, "ROWS", 2)
+    problem = data.long_problem(13, gradients)
+    assert problem.rows == (0, 3, 6, 9, 12)
+    assert (problem.d_out.abs().sum(-1)[0, 0] > 0).nonzero().flatten().tolist() == [0, 3, 6, 9, 12]
+    reference = whole.Problem(problem.q, problem.k, problem.v, problem.d_out, causal=True)
     reference.solve(gradients)
     answers = list(reference.last_head.values())
     problem.check([answer.float() for answer in answers])
