@@ -18,7 +18,7 @@ CLASSES = (PQIndex, IVFPQIndex)
 LISTS = 5
 
 
-def trained(rng, cls, dim, M, nbits, rotation=False, lists=LISTS, spread=None):
+def trained(rng, cls, dim, M, nbits, rotation=False, lists=LISTS, spread=None, metric="l2"):
     """Codebooks as training gives them, but drawn at random; whole numbers where spread is None."""
 
     def draw(*shape):
@@ -29,8 +29,11 @@ def trained(rng, cls, dim, M, nbits, rotation=False, lists=LISTS, spread=None):
     turn = None
     if rotation:
         turn = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32)
-    centroids = draw(lists, dim) if cls is IVFPQIndex else None
-    return Fitted(draw(M, 2**nbits, dim // M), turn, centroids)
+    fitted = Fitted(draw(M, 2**nbits, dim // M), turn)
+    if cls is not IVFPQIndex:
+        return fitted
+    wide = None if metric == "l2" else abs(draw(lists))
+    return fitted._replace(centroids=draw(lists, dim), spread=wide)
 
 
 def make(cls, dim, M=None, nbits=4, *, rng=None, rotation=False, lists=LISTS, spread=1, **options):
@@ -40,7 +43,7 @@ def make(cls, dim, M=None, nbits=4, *, rng=None, rotation=False, lists=LISTS, sp
     if cls is IVFPQIndex:
         options = {"lists": lists, "nprobe": lists} | options
     index = cls(dim, M, nbits, rotation="opq" if rotation else None, **options)
-    index._trained = trained(rng, cls, dim, M, nbits, rotation, lists, spread)
+    index._trained = trained(rng, cls, dim, M, nbits, rotation, lists, spread, index.metric)
     return index
 
 
@@ -81,7 +84,7 @@ def best(costs, ids, k, keep=None):
 class Model:
     def __init__(self, index, vectors, ids=None):
         self.index, self.metric = index, index.metric
-        self.books, self.turn, self.centroids = index._trained
+        self.books, self.turn, self.centroids, self.spread = index._trained
         self.ids = np.arange(len(vectors)) if ids is None else np.asarray(ids, np.int64)
         self.given = self.normal(np.asarray(vectors, np.float32).reshape(-1, index.dim))
         x = self.turned(self.given)
@@ -134,18 +137,32 @@ class Model:
                 factors = None, in_order(words * (words + 2.0 * centroid)).astype(np.float32)
             else:
                 tables = scan_reference.tables(q, books, "ip")
-                offset = -in_order(q.astype(np.float64) * centroid).astype(np.float32)
+                offset = self.offsets(q, dims)[:, c]
             costs[:, rows] = scan_reference.costs(tables, self.codes[rows], offset, factors)
         return costs
+
+    def far(self, q):
+        """(costs, what is far) of the lists for (nq, used) `q` in metrics of inner products."""
+        length = np.sqrt(in_order(q.astype(np.float64) ** 2).astype(np.float32))
+        reach = np.float32(4.0) * length[:, None]
+        products = in_order(q.astype(np.float64)[:, None] * self.centroids[:, : q.shape[1]])
+        return -(products + reach.astype(np.float64) * self.spread), reach * self.spread
+
+    def offsets(self, q, dims):
+        """(nq, lists) float32: minus the products with the centroids."""
+        used = min(dims, self.index.coarse_dims or self.index.dim)
+        if used < dims:
+            return -in_order(q.astype(np.float64)[:, None] * self.centroids[:, :dims]).astype(
+                np.float32
+            )
+        far, reach = self.far(q)
+        return far.astype(np.float32) + reach
 
     def visited(self, queries, nprobe, dims=None):
         """(nq, n): the rows in the nprobe lists that are best for a query."""
         used = min(dims or self.index.dim, self.index.coarse_dims or self.index.dim)
         q, centroids = self.turned(self.normal(queries))[:, None, :used], self.centroids[:, :used]
-        if self.metric == "l2":
-            far = self.squares(q, centroids[None])
-        else:
-            far = -in_order(q.astype(np.float64) * centroids)
+        far = self.squares(q, centroids[None]) if self.metric == "l2" else self.far(q[:, 0])[0]
         lists = np.argsort(far, axis=1, kind="stable")[:, :nprobe]
         return (self.home[None, :, None] == lists[:, None, :]).any(2)
 

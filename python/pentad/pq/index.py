@@ -69,11 +69,14 @@ class Fitted(NamedTuple):
     codebooks : (M, K, dsub) float32
     rotation : (dim, dim) float32 or None
     centroids : (lists, dim) float32 or None
+    spread : (lists,) float32 or None
+        How far the rows of a list lie from its centroid, for metrics of inner products.
     """
 
     codebooks: np.ndarray
     rotation: np.ndarray | None = None
     centroids: np.ndarray | None = None
+    spread: np.ndarray | None = None
 
 
 class QuantizedIndex(Index):
