@@ -131,6 +131,7 @@ def test_a_terminal_gets_colours(built):
         (["search", "x", "-k", "ten"], 2, "-k: must be a number of at least 1, got 'ten'"),
         (["search", "x", "--rescore", "all"], 2, "--rescore: invalid choice: 'all'"),
         (["search", "x", "--encoder", "bert"], 2, "--encoder: invalid choice: 'bert'"),
+        (["search", "x", "--encoder", "lsa", "--index", "sparse"], 1, "without an --encoder"),
         (["search", "x", "--index", "tree"], 2, "--index: invalid choice: 'tree'"),
         (["index", "--index", "hnsw"], 2, "--index: invalid choice: 'hnsw'"),
         (["search", "x", "--file", "missing.pentad"], 1, "there is no file missing.pentad"),

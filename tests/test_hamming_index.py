@@ -278,7 +278,7 @@ def test_large_adds_in_unaligned_pieces(rng, threads, cls, metric):
     assert_same(index.reconstruct(index.ids), reference.unpack(rows, 70).astype(np.float32))
 
 
-# --- What binary indexes alone refuse: test_index_errors.py has the rest ---------------------------
+# --- What binary indexes alone refuse: test_index_errors.py has the rest --------------------------
 # --- What binary indexes alone refuse: test_index_errors.py has the rest --------------------------
 V = np.ones((2, 20), np.float32)
 C = np.zeros((2, 3), np.uint8)

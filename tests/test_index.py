@@ -9,6 +9,8 @@ import pytest
 from cases import assert_same, laid_out
 from index_cases import KINDS, arrays_of, bits, each_file, each_kind
 
+import pentad
+
 DENSE = [kind for kind in KINDS.values() if kind.stores]
 each_dense = pytest.mark.parametrize("kind", DENSE, ids=[kind.cls.__name__ for kind in DENSE])
 TRAINED = [KINDS[name] for name in ("binary lists", "pq", "pq lists")]
@@ -155,6 +157,24 @@ def test_torch_comes_back_as_torch(rng, kind):
     index.update([5], -vectors[:1])
     assert_same(other.reconstruct(torch.tensor([5])), index.reconstruct([5]))
     assert other.remove(torch.tensor([1, 2, 999])) == 2
+
+
+@each_dense
+def test_tensors_without_values_are_refused(rng, kind):
+    torch = pytest.importorskip("torch")
+    vectors = kind.draw(rng, 3)
+    index, meta = kind.filled(vectors, [0, 1, 2]), torch.ones(3, vectors.shape[1], device="meta")
+    ids, name = torch.ones(3, dtype=torch.int64, device="meta"), kind.cls.__name__
+    for op, call in (
+        ("add", lambda: index.add(meta)),
+        ("add", lambda: index.add(vectors, ids)),
+        ("update", lambda: index.update(ids, vectors)),
+        ("search", lambda: index.search(meta, 1)),
+        ("search", lambda: index.search(vectors, 1, filter=ids > 0)),
+        ("rescore", lambda: index.rescore(vectors, ids[:, None])),
+    ):
+        with pytest.raises(pentad.DeviceError, match=rf"\[{name}.{op}\] .* meta"):
+            call()
 
 
 @each_dense

@@ -172,7 +172,7 @@ def test_compiles_without_a_break():
         (lambda: pq.fsq(np.zeros(3), [2**30] * 3), ValueError, r"at most 2\*\*62 multiplied"),
         (lambda: pq.fsq_decode(np.zeros(3), [4]), TypeError, "index has dtype float64"),
         (lambda: pq.lfq(np.zeros((1, 63))), ValueError, "expected 1 to 62 columns"),
-        (lambda: pq.lfq_decode(np.zeros(3, int), 63), ValueError, "d is 63, expected 1 to 62"),
+        (lambda: pq.lfq_decode(np.zeros(3, int), 63), ValueError, "dim is 63, expected 1 to 62"),
         (lambda: pq.lfq_entropy(np.zeros((0, 3))), ValueError, "expected at least one vector"),
         (lambda: pq.lfq_entropy(np.zeros(3), temperature=0), ValueError, "temperature is 0"),
     ],

@@ -9,11 +9,12 @@ import numpy as np
 from pentad._errors import DeviceError
 
 
-def is_numpy(op: str, *, optional=(), any_device=False, **arrays) -> bool:
+def is_numpy(op: str, *, optional=(), any_device=False, traced=True, **arrays) -> bool:
     """Whether the named arguments are numpy arrays (True) or torch tensors (False), never both.
 
     Those named in `optional` may be None. Raises TypeError for anything else, DeviceError for
-    tensors on different devices or, unless `any_device`, on one that no kernel serves.
+    tensors on different devices or, unless `any_device`, on one that no kernel serves. Where
+    `traced` is False, tensors without values ("meta") are refused too.
     """
     kinds = {}
     for name, array in arrays.items():
@@ -33,7 +34,7 @@ def is_numpy(op: str, *, optional=(), any_device=False, **arrays) -> bool:
             raise TypeError(f"[{op}] arguments mix numpy arrays and torch tensors: {kinds}")
         raise DeviceError(f"[{op}] arguments are on different devices: {kinds}")
     kind = found.pop()
-    if kind not in ("numpy", "cpu", "meta") and not any_device:
+    if kind not in (("numpy", "cpu", "meta") if traced else ("numpy", "cpu")) and not any_device:
         raise DeviceError(f"[{op}] there is no {kind} kernel for this operation, only a CPU one")
     return kind == "numpy"
 
@@ -68,12 +69,13 @@ def aligned_zeros(shape, dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def to_numpy(array) -> np.ndarray:
+def to_numpy(array, op: str = "") -> np.ndarray:
     """A numpy view of a CPU tensor, or the array itself; bfloat16, unknown to numpy, is widened."""
     if isinstance(array, np.ndarray):
         return array
     if array.device.type != "cpu":
-        raise DeviceError(f"expected a CPU tensor, but it is on {array.device}")
+        where = f"[{op}] " if op else ""
+        raise DeviceError(f"{where}expected a CPU tensor, but it is on {array.device}")
     array = array.detach()
     return (array.float() if dtype_name(array) == "bfloat16" else array).resolve_neg().numpy()
 

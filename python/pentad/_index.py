@@ -24,14 +24,14 @@ class SearchResult(NamedTuple):
     ids: Any
 
 
-def plain(array):
+def plain(op: str, array):
     """A tensor as numpy; anything else as it is."""
-    return to_numpy(array) if hasattr(array, "detach") else array
+    return to_numpy(array, op) if hasattr(array, "detach") else array
 
 
 def check_ids(op: str, ids, count: int | None = None, *, unique: bool = True) -> np.ndarray:
     """`ids` as a contiguous int64 array: 1-D, not negative, without duplicates, `count` of them."""
-    array = np.asarray(plain(ids))
+    array = np.asarray(plain(op, ids))
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
@@ -252,7 +252,7 @@ class Index:
         """`filter` of a search as a mask over the rows: given over the rising ids, or as ids."""
         if keep is None:
             return None
-        state, keep = self._state, np.asarray(plain(keep))
+        state, keep = self._state, np.asarray(plain(self._op(name), keep))
         if keep.dtype == np.bool_:
             if keep.shape != state.ids.shape:
                 raise ValueError(
@@ -288,7 +288,7 @@ class Index:
         if by == "store" and view.store is None:
             raise ValueError(f"[{op}] by='store' but the index was made with store=None")
         given = view._input("rescore", queries, "queries")
-        candidates = np.asarray(plain(ids))
+        candidates = np.asarray(plain(op, ids))
         if candidates.dtype != np.int64:
             raise TypeError(f"[{op}] ids have dtype {candidates.dtype}, expected int64")
         if candidates.ndim != 2 or len(candidates) != len(given):

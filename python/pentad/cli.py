@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import __version__
+from . import __version__, num_threads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +41,9 @@ def _index(options: argparse.Namespace, started_up: float) -> int:
     from .docsearch import default_path
 
     index = options.index or "binary"
-    path = options.out or default_path(options.encoder, index)
-    _build(path, options.encoder, index, options.package)
+    encoder = _encoder(options)
+    path = options.out or default_path(encoder, index)
+    _build(path, encoder, index, options.package)
     return 0
 
 
@@ -51,10 +52,11 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     from .docsearch import DocIndex, default_path, present
 
     imported = time.perf_counter()
-    path = options.file or default_path(options.encoder, options.index or "binary")
+    encoder = _encoder(options)
+    path = options.file or default_path(encoder, options.index or "binary")
     if options.file is None and not path.exists():
         print(f"No index yet: building {path}, once.", file=sys.stderr)
-        _build(path, options.encoder, options.index or "binary", ())
+        _build(path, encoder, options.index or "binary", ())
     opened = time.perf_counter()
     docs = DocIndex.load(path)
     if options.index not in (None, docs.kind):
@@ -87,6 +89,12 @@ def _search(options: argparse.Namespace, started_up: float) -> int:
     return 0
 
 
+def _encoder(options: argparse.Namespace) -> str:
+    if options.encoder and options.index == "sparse":
+        raise ValueError("--index sparse ranks words, without an --encoder")
+    return options.encoder or "lsa"
+
+
 def _build(path: Path, encoder: str, index: str, packages) -> None:
     """Build an index and save it, with progress and a summary on standard error."""
     from .docsearch import DocIndex, default_path, present
@@ -101,7 +109,7 @@ def _build(path: Path, encoder: str, index: str, packages) -> None:
             packages,
             encoder=encoder,
             index=index,
-            processes=len(os.sched_getaffinity(0)),
+            processes=num_threads(),
             progress=progress,
         )
         docs.save(path)
@@ -256,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     for command in (index, search):
-        command.add_argument("--encoder", choices=("lsa", "minilm"), default="lsa")
+        command.add_argument("--encoder", choices=("lsa", "minilm"), help="lsa unless told")
         command.add_argument(
             "--index",
             choices=("binary", "pq", "scalar", "rabitq", "sparse", "hybrid"),

@@ -36,7 +36,7 @@ def decode(
     cache_leftpad=None,
     rotary_cos=None,
     rotary_sin=None,
-    rotary_interleaved=True,
+    rotary_interleaved=False,
     causal=True,
     window=None,
     scale=None,
@@ -80,6 +80,7 @@ def decode(
         `window` is given, else all of it at n (`apply_rotary`). Both or none, and only with
         `k_new`.
     rotary_interleaved : bool
+        As `apply_rotary` takes it.
     causal : bool
     window : (int, int), optional
     scale : float, optional

@@ -17,7 +17,7 @@ class _Input:
     """Vectors or codes, brought to numpy: `codes` always, `floats` where floats were given."""
 
     def __init__(self, op: str, array, dim: int, name: str, *, finite: bool):
-        is_numpy(op, **{name: array})
+        is_numpy(op, traced=False, **{name: array})
         if array.ndim != 2:
             raise ValueError(
                 f"[{op}] {name} have shape {tuple(array.shape)}, expected (n, columns)"

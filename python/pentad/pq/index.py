@@ -28,7 +28,7 @@ class _Input:
     """
 
     def __init__(self, index, op: str, array, name: str, widths, codes=False):
-        is_numpy(op, **{name: array})
+        is_numpy(op, traced=False, **{name: array})
         if array.ndim != 2:
             raise ValueError(
                 f"[{op}] {name} have shape {tuple(array.shape)}, expected (n, {widths[0]})"

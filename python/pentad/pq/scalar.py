@@ -183,18 +183,18 @@ def lfq(x):
     return ScalarCodes(signs, codes, _index(codes, [2] * x.shape[-1]))
 
 
-def lfq_decode(index, d):
+def lfq_decode(index, dim):
     """The signs of `lfq` from their indices.
 
     Parameters
     ----------
     index : (...) of any integer dtype
-    d : int
+    dim : int
         1 to 62.
 
     Returns
     -------
-    (..., d) float32
+    (..., dim) float32
 
     Examples
     --------
@@ -205,11 +205,11 @@ def lfq_decode(index, d):
     op = "pq.lfq_decode"
     is_numpy(op, index=index)
     check_dtype(op, "index", index, INTEGERS)
-    d = check_count(op, "d", d, 1)
-    if d > _MOST_BITS:
-        raise ValueError(f"[{op}] d is {d}, expected 1 to {_MOST_BITS}")
+    dim = check_count(op, "dim", dim, 1)
+    if dim > _MOST_BITS:
+        raise ValueError(f"[{op}] dim is {dim}, expected 1 to {_MOST_BITS}")
     wide = _as_int64(index)
-    return _floats(_stack([(wide >> j) & 1 for j in range(d)])) * 2 - 1
+    return _floats(_stack([(wide >> j) & 1 for j in range(dim)])) * 2 - 1
 
 
 def lfq_entropy(x, *, temperature=1.0, reduction="mean"):
