@@ -104,7 +104,7 @@ def test_index_arrays_of_any_strides():
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("sizes", itertools.product([0, 2], [0, 3], [0, 4]))
+@pytest.mark.parametrize("sizes", list(itertools.product([0, 2], [0, 3], [0, 4])))
 def test_nothing_to_do(sizes):
     """Empty batches, queries and keys: the outputs that exist are those of rows without keys."""
     b, nq, nk = sizes

@@ -217,8 +217,8 @@ def test_tables_are_fitted_by_least_squares(method, options):
     """Of linear ones the solution of numpy's solver; a product to a stationary point."""
     weight = torch.randn(NUM, DIM, dtype=torch.float64)
     table = Embedding.from_pretrained(weight, method, **options)
-    error = F.mse_loss(table.dense(), weight)
-    gradient = torch.autograd.grad(error, learned(table))
+    loss = F.mse_loss(table.dense(), weight)
+    error, gradient = loss.item(), torch.autograd.grad(loss, learned(table))
     slope = math.sqrt(sum(g.square().sum() for g in gradient))
     product = options.get("combine", "product" if method[0] == "q" else "sum") == "product"
     # At random tables it is near 0.1; one table after the other gets there slower.
