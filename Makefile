@@ -136,7 +136,7 @@ docs: $(DOCUMENTATION)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # What the site shows of real computations: the pictures, and the table of measured errors.
-pictures: install $(DOCUMENTATION)
+pictures: install
 	$(BIN)/python tools/docs/pictures.py
 
 numerics: install
