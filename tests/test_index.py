@@ -207,6 +207,9 @@ def test_rescoring_apart_equals_rescoring_within(rng, kind):
         index = kind.filled(vectors, rng.permutation(1000)[:300], **options)
         for by in index._by:
             within = index.search(queries, 6, rescore=by, oversample=5)
+            if by == "store":
+                named = index.search(queries, 6, rescore=index.store, oversample=5)
+                assert_same(tuple(named), tuple(within))
             found = index.search(queries, 30).ids
             apart = index.rescore(queries, found, by=by)
             assert_same((apart.scores[:, :6], apart.ids[:, :6]), tuple(within))

@@ -107,6 +107,8 @@ def test_rescore_refuses(rng, kind):
         with pytest.raises(ValueError, match=r"expected \(2, c\)"):
             index.rescore(vectors, wrong)
     if kind.stores:
+        with pytest.raises(ValueError, match="rescore='float16' but the index stores int8"):
+            index.search(vectors, 1, rescore="float16")
         index = kind.filled(vectors, [0, 1], **kind.files[0])
         with pytest.raises(ValueError, match="by='store' but the index was made with store=None"):
             index.rescore(vectors, ids)

@@ -10,7 +10,7 @@ from pentad import _file
 from pentad._arrays import like, to_numpy
 from pentad._checks import check_choice
 from pentad._errors import FormatError
-from pentad._rows import Layout, Rows, best_scores
+from pentad._rows import STORES, Layout, Rows, best_scores
 
 
 class SearchResult(NamedTuple):
@@ -218,7 +218,14 @@ class Index:
                 self._state = self._state.without(gone)
             return len(gone)
 
-    def _update(self, ids, vectors) -> None:
+    def update(self, ids, vectors) -> None:
+        """Replace the rows of `ids`, which must be present, by `vectors`, as `add` takes them.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The index is unchanged.
+        """
         self._ready("update")
         given = self._input("update", vectors)
         ids = check_ids(self._op("update"), ids, len(given))
@@ -273,6 +280,19 @@ class Index:
         if np.isnan(radius):
             raise ValueError(f"[{op}] radius is NaN")
         return radius
+
+    def _rescored_by(self, op: str, rescore):
+        """What the `rescore` of a search goes by; the type that is stored means "store" too."""
+        if rescore is None:
+            return None
+        check_choice(op, "rescore", rescore, dict.fromkeys((*self._by, *STORES[1:])))
+        if rescore in self._by and rescore != "store":
+            return rescore
+        if self.store is None:
+            raise ValueError(f"[{op}] rescore={rescore!r} but the index was made with store=None")
+        if rescore not in ("store", self.store):
+            raise ValueError(f"[{op}] rescore={rescore!r} but the index stores {self.store}")
+        return "store"
 
     def _best(self, given, found: np.ndarray, by: str, k: int):
         """(scores, ids): the k best of the candidate ids (nq, c), scored anew."""

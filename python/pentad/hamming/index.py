@@ -10,8 +10,6 @@ from pentad._index import Flat, Index, SearchResult, check_rising
 from pentad._rows import Rows, check_store, quantize
 from pentad.hamming import _rows, functional
 
-_RESCORES = (None, "bits", "store")
-
 
 class _Input:
     """Vectors or codes, brought to numpy: `codes` always, `floats` where floats were given."""
@@ -91,20 +89,17 @@ class CodeIndex(Index):
         """(scores, ids); with `ranges`, only the rows of those."""
         op, rows = self._op("search"), self._state.rows
         k = check_count(op, "k", k)
-        if rescore not in _RESCORES:
-            raise ValueError(f"[{op}] rescore is {rescore!r}, expected None, 'bits' or 'store'")
+        by = self._rescored_by(op, rescore)
         oversample = check_count(op, "oversample", oversample, 1)
-        if rescore is not None and given.floats is None:
+        if by is not None and given.floats is None:
             raise TypeError(f"[{op}] rescoring takes float queries, not codes")
-        if rescore == "store" and self.store is None:
-            raise ValueError(f"[{op}] rescore='store' but the index was made with store=None")
-        candidates = k if rescore is None else min(k * oversample, rows.count)
+        candidates = k if by is None else min(k * oversample, rows.count)
         if ranges is None:  # rows in the order of ids: ties by position are ties by id
             values, at = _rows.topk(rows, given.codes, candidates, mask)
             found = np.where(at >= 0, rows.ids[np.maximum(at, 0)] if rows.count else -1, -1)
         else:
             values, found = _rows.topk(rows, given.codes, candidates, mask, ids=True, ranges=ranges)
-        return (values, found) if rescore is None else self._best(given, found, rescore, k)
+        return (values, found) if by is None else self._best(given, found, by, k)
 
     def add(self, vectors_or_codes, ids=None) -> None:
         """Add rows.
@@ -123,10 +118,6 @@ class CodeIndex(Index):
             The index is unchanged.
         """
         self._add(vectors_or_codes, ids)
-
-    def update(self, ids, vectors_or_codes) -> None:
-        """Replace the rows of `ids`, which must be present."""
-        self._update(ids, vectors_or_codes)
 
     def reconstruct(self, ids) -> np.ndarray:
         """What the index holds of `ids`: (n, dim) float32 of stored vectors, else of +-1.
@@ -204,9 +195,10 @@ class BinaryIndex(CodeIndex):
         filter : (n,) bool, or a list of ids, optional
             Rows that may be returned: a mask over the rows in the order of `ids`, or the ids
             themselves (unknown ones are passed over).
-        rescore : {None, "bits", "store"}
+        rescore : {None, "bits", "store", "float16", "int8"}
             Take ``k * oversample`` candidates by the index's metric, then order them by the inner
-            product of the float query with the candidate's +-1 bits, or with its stored vector.
+            product of the float query with the candidate's +-1 bits, or with its stored vector:
+            "store" or the type that is stored.
         oversample : int
 
         Returns
@@ -224,7 +216,7 @@ class BinaryIndex(CodeIndex):
         return SearchResult(*(like(queries, part) for part in found))
 
     def range_search(self, queries, radius, *, filter=None):
-        """Every row within `radius`, inclusive: (indptr, values, ids), ids rising per query.
+        """Every row within `radius`, inclusive: (indptr, scores, ids), ids rising per query.
 
         See `pentad.hamming.range_search`; `filter` as in `search`.
         """

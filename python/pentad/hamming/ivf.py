@@ -116,7 +116,7 @@ class BinaryIVFIndex(CodeIndex, InvertedIndex):
         return SearchResult(*(like(queries, part) for part in found))
 
     def range_search(self, queries, radius, *, filter=None, nprobe=None):
-        """Rows of the visited lists within `radius`, inclusive: (indptr, values, ids)."""
+        """Rows of the visited lists within `radius`, inclusive: (indptr, scores, ids)."""
         view = self._view()
         view._ready("range_search")
         given = view._input("range_search", queries, "queries")

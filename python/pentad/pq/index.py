@@ -230,10 +230,6 @@ class QuantizedIndex(Index):
         """
         self._add(vectors, ids)
 
-    def update(self, ids, vectors) -> None:
-        """Replace the rows of `ids`, which must be present."""
-        self._update(ids, vectors)
-
     def reconstruct(self, ids) -> np.ndarray:
         """What the index holds of `ids`: (n, dim) float32, stored vectors or else decoded ones.
 
@@ -265,21 +261,11 @@ class QuantizedIndex(Index):
         """Costs are the scores of l2 and the negated ones of inner products."""
         return costs if self.metric == "l2" else 0 - costs
 
-    def _by_store(self, op, rescore):
-        if rescore is None:
-            return None
-        check_choice(op, "rescore", rescore, ("store", "float16", "int8"))
-        if self.store is None:
-            raise ValueError(f"[{op}] rescore={rescore!r} but the index was made with store=None")
-        if rescore not in ("store", self.store):
-            raise ValueError(f"[{op}] rescore={rescore!r} but the index stores {self.store}")
-        return "store"
-
     def _search(self, queries, k, keep, rescore, oversample, dims, nprobe=None) -> SearchResult:
         op, rows = self._op("search"), self._state.rows
         self._ready("search")
         k = check_count(op, "k", k)
-        by = self._by_store(op, rescore)
+        by = self._rescored_by(op, rescore)
         oversample = check_count(op, "oversample", oversample, 1)
         given = self._input("search", queries, "queries", dims)
         mask = self._mask("search", keep)

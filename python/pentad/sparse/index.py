@@ -136,10 +136,6 @@ class SparseIndex(Index):
         """
         self._add(vectors, ids)
 
-    def update(self, ids, vectors) -> None:
-        """Replace the documents of `ids`, which must be present."""
-        self._update(ids, vectors)
-
     def reconstruct(self, ids):
         """What the index holds of `ids`, as (indptr, indices, values, vocab_size).
 
