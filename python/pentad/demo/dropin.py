@@ -17,7 +17,7 @@ from .stage import Context, Result, Table, in_process
 
 # Of a logit, relative to the largest: float32 sums in another order, through all layers.
 TOLERANCE = 1e-4
-ROUNDS = 5
+ROUNDS, SECONDS = 7, 3.0  # of a measurement, whichever ends first
 
 
 class Measured(NamedTuple):
@@ -37,7 +37,7 @@ def run(context: Context) -> Result:
 
 
 def tokens(small: bool) -> int:
-    return 64 if small else 512
+    return 64 if small else 256
 
 
 def present(before: dict[str, Measured], after: dict[str, Measured], length: int) -> Result:
@@ -106,7 +106,6 @@ def measure(report, side: str, small: bool) -> dict[str, Measured]:
         transformers.LlamaConfig(**sizes, **heads), attn_implementation=attention
     )
     ids = torch.randint(1000, (1, tokens(small)))
-    rounds = 2 if small else ROUNDS
     found = {}
     for name, model in (("Mamba", mamba), ("Llama", llama)):
 
@@ -119,15 +118,16 @@ def measure(report, side: str, small: bool) -> dict[str, Measured]:
             model(ids, labels=ids, use_cache=False).loss.backward()
 
         logits = read()[0].numpy()
-        found[name] = Measured(logits, milliseconds(read, rounds), milliseconds(train, rounds))
+        found[name] = Measured(logits, milliseconds(read), milliseconds(train))
         report(f"models of transformers, {side}", len(found), 2)
     return found
 
 
-def milliseconds(call, rounds: int) -> float:
+def milliseconds(call) -> float:
+    """The median, after a first call that does not count."""
     call()
     seconds = []
-    for _ in range(rounds):
+    while len(seconds) < ROUNDS and sum(seconds) < SECONDS:
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
