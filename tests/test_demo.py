@@ -24,7 +24,7 @@ import pentad.nn  # noqa: E402
 from pentad.demo import dropin, plain, questions, report, search, training  # noqa: E402
 from pentad.demo.model import Config, HybridLM  # noqa: E402
 from pentad.demo.stage import ChildError, Result, Table, in_process  # noqa: E402
-from pentad.docsearch import DocIndex  # noqa: E402
+from pentad.docsearch import DocIndex, Passage  # noqa: E402
 
 PACKAGES = ["json", "gzip", "glob"]
 TINY = Config(dim=32, units=1, d_state=4, heads=2, kv_heads=1, window=5, n_keys=6, k=3)
@@ -150,6 +150,16 @@ def test_an_index_that_is_off():
     for way, count in ((right, 0), (wrong, 1)):
         result = Result("Search")
         search.check(result, [way], [])
+        assert len(result.failures) == count
+
+
+def test_an_index_without_the_right_answers():
+    passages = [Passage(name, "function", "", "", 1, "") for name in ("gzip.open", "x.y")]
+    for found, count in ((0, 0), (1, 1)):
+        result, question = Result("Search"), "open a gzip file for writing"
+        way = search.Asked("PQ, rescored", passages, [np.array([found])], 1.0, 1.0, 1.0)
+        assert way.right([question]) == [not found]
+        search.check(result, [way], [question])
         assert len(result.failures) == count
 
 
