@@ -45,8 +45,8 @@ const SearchKernels& kernels() {
 
 // --- Scores --------------------------------------------------------------------------------------
 
-// The weights of one query by term: open addressing, mostly empty, so that the many terms of a
-// document that the query lacks cost one load each.
+// The weights of one query by term: open addressing, behind a filter for the many terms of a
+// document that the query lacks.
 class Weights {
  public:
   void set(const int32_t* terms, const float* weights, int64_t count) {
@@ -58,7 +58,10 @@ class Weights {
     terms_.assign(terms, terms + count);
     weights_.assign(weights, weights + count);
     used_.resize(count);
+    std::fill_n(filter_, kFilterWords, 0u);
     for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bit = filter_bit(terms[i]);
+      filter_[bit / 32] |= 1u << bit % 32;
       uint32_t at = hash(terms[i]);
       while (slots_[at]) at = next(at);
       slots_[at] = static_cast<uint32_t>(i + 1);
@@ -86,27 +89,20 @@ class Weights {
   }
 
  private:
-  uint32_t hash(int32_t term) const {
-    return static_cast<uint32_t>(term) * 2654435761u >> (32 - bits_);
-  }
+  uint32_t hash(int32_t term) const { return static_cast<uint32_t>(term) * kHash >> (32 - bits_); }
   uint32_t next(uint32_t at) const { return (at + 1) & static_cast<uint32_t>(slots_.size() - 1); }
 
-  // First the entries whose slot is taken, without a branch, as no one could foresee it; then the
-  // products of those whose term it is. 1,000 rows of 120 entries, 20 of them common: 1.3 times as
-  // fast as one loop.
+  // First the entries that pass a filter of 1,024 bits, without a branch, as no one could foresee
+  // it; then the products of those whose term it is.
   template <class Value>
   float sum(const Forward& forward, Span row, const Value& value) const {
     constexpr int64_t kStep = 256;
-    uint16_t taken[kStep + 1];
+    uint16_t taken[kStep + 16];
     double total = 0;
     for (int64_t first = row.begin; first < row.end; first += kStep) {
       const int32_t* terms = forward.terms + first;
       const int64_t size = std::min(kStep, row.end - first);
-      int64_t count = 0;
-      for (int64_t j = 0; j < size; ++j) {
-        taken[count] = static_cast<uint16_t>(j);
-        count += slots_[hash(terms[j])] != 0;
-      }
+      const int64_t count = kernels().pass_filter(terms, size, filter_, taken);
       for (int64_t i = 0; i < count; ++i) {
         const int32_t term = terms[taken[i]];
         for (uint32_t at = hash(term), slot; (slot = slots_[at]); at = next(at)) {
@@ -124,6 +120,7 @@ class Weights {
   std::vector<int32_t> terms_;
   std::vector<float> weights_;
   std::vector<uint32_t> used_;  // slots
+  uint32_t filter_[kFilterWords];
 };
 
 // --- Candidates ----------------------------------------------------------------------------------

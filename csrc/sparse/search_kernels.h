@@ -20,7 +20,15 @@ struct SearchKernels {
   int64_t (*count_from)(const uint16_t* sums, int64_t blocks, uint16_t least);
   // Their documents, rising; returns how many.
   int64_t (*find_from)(const uint16_t* sums, int64_t blocks, uint16_t least, uint16_t* documents);
+  // The positions of the `count` terms whose bit (filter_bit) of the 1,024 is set, rising; returns
+  // how many. `found` has room for 16 more.
+  int64_t (*pass_filter)(const int32_t* terms, int64_t count, const uint32_t* filter,
+                         uint16_t* found);
 };
+
+constexpr int kFilterWords = 32;
+constexpr uint32_t kHash = 2654435761u;  // 2^32 over the golden ratio
+inline uint32_t filter_bit(int32_t term) { return static_cast<uint32_t>(term) * kHash >> 22; }
 
 }  // namespace pentad::sparse
 
