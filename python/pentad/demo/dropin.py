@@ -64,8 +64,8 @@ def present(before: dict[str, Measured], after: dict[str, Measured], length: int
     note = (
         "Milliseconds, the median of several runs; reading is a forward pass without gradients, "
         "training a forward and a backward pass. The last column is the largest difference of a "
-        f"logit, relative to the largest logit; {TOLERANCE:g} is allowed. To train, the Mamba's own "
-        "loop takes time that grows with the square of the length."
+        f"logit, relative to the largest logit; {TOLERANCE:g} is allowed. To train, the Mamba's "
+        "own loop takes time that grows with the square of the length."
     )
     columns = ["model", "before, ms", "after, ms", "ratio", "logits differ by"]
     result.tables.append(Table("Models of transformers", columns, rows, note))
