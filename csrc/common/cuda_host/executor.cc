@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/cuda_host/executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <string>
+
+#include "common/cuda_host/fiber.h"
+
+namespace pentad::cuda_host {
+namespace {
+
+constexpr unsigned kWarp = 32, kMostLanes = 1024;
+constexpr size_t kAlignment = 16;  // of arrays in shared memory, as Shared::take has it
+
+enum class State { ready, at_warp, at_block, finished };
+
+struct Lane {
+  Fiber fiber;
+  uint3 index;
+  State state;
+  // Where it waits, and with what.
+  const char* what;
+  uint32_t mask;
+  void* payload;
+  Combine combine;
+  std::source_location where;
+  size_t arrays;  // that it has taken
+  std::vector<std::vector<Copy>> copies;
+};
+
+struct Array {
+  std::unique_ptr<std::byte[]> memory;
+  size_t bytes;
+};
+
+struct Block {
+  std::vector<std::unique_ptr<Lane>> lanes;  // kept from launch to launch for their stacks
+  unsigned count = 0;
+  unsigned current = 0;
+  std::vector<Array> arrays;
+  size_t shared_left = 0;
+  const std::function<void()>* kernel = nullptr;
+  std::exception_ptr error;
+};
+
+thread_local Block block;
+
+Lane& current() { return *block.lanes[block.current]; }
+
+void run_lane(void*) {
+  try {
+    (*block.kernel)();
+  } catch (...) {
+    block.error = std::current_exception();
+  }
+  current().state = State::finished;
+  current().fiber.finish();
+}
+
+std::string place(const Lane& lane) {
+  std::ostringstream text;
+  if (lane.state == State::finished) return "has returned";
+  const std::string path = lane.where.file_name();
+  text << "waits at " << lane.what << " (" << path.substr(path.rfind('/') + 1) << ":"
+       << lane.where.line();
+  if (lane.state == State::at_warp) text << ", mask " << std::hex << lane.mask;
+  text << ")";
+  return text.str();
+}
+
+[[noreturn]] void misuse(const std::string& message) {
+  std::ostringstream text;
+  text << "block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << "): " << message;
+  throw Misuse(text.str());
+}
+
+// Nobody can go on: the first lane of each place where some stand.
+[[noreturn]] void stuck() {
+  std::string text, last;
+  for (unsigned i = 0; i < block.count; ++i) {
+    const std::string here = place(*block.lanes[i]);
+    if (here == last) continue;
+    text += (text.empty() ? "lane " : "; lane ") + std::to_string(i) + " " + here;
+    last = here;
+  }
+  misuse(text);
+}
+
+bool together(const Lane& a, const Lane& b) {
+  return a.state == b.state && a.combine == b.combine && a.mask == b.mask &&
+         a.where.line() == b.where.line() &&
+         !std::strcmp(a.where.file_name(), b.where.file_name()) && !std::strcmp(a.what, b.what);
+}
+
+// Waits for lanes [first, first + count) as far as they are in the mask (a block's barrier: all).
+void collective(unsigned first, unsigned count) {
+  Lane& self = current();
+  void* payloads[kMostLanes] = {};
+  bool complete = true;
+  const bool all = self.state == State::at_block;
+  const auto takes_part = [&](unsigned i) { return all || self.mask >> i & 1; };
+  for (unsigned i = 0; i < count && complete; ++i) {
+    if (!takes_part(i)) continue;
+    const Lane& lane = *block.lanes[first + i];
+    complete = together(self, lane);
+    payloads[i] = lane.payload;
+  }
+  if (!complete) return self.fiber.suspend();
+  if (self.combine) self.combine(payloads, static_cast<int>(count));
+  for (unsigned i = 0; i < count; ++i)
+    if (takes_part(i)) block.lanes[first + i]->state = State::ready;
+}
+
+void run_block(dim3 size, size_t shared_bytes, std::vector<unsigned>& order, std::mt19937& random) {
+  block.arrays.clear();
+  block.shared_left = shared_bytes;
+  block.error = nullptr;
+  for (unsigned i = 0; i < block.count; ++i) {
+    Lane& lane = *block.lanes[i];
+    lane.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    lane.state = State::ready;
+    lane.arrays = 0;
+    lane.copies.assign(1, {});
+    lane.fiber.start(run_lane, nullptr);
+  }
+  for (unsigned finished = 0; finished < block.count;) {
+    bool progress = false;
+    if (schedule.order == Order::shuffled) std::shuffle(order.begin(), order.end(), random);
+    for (unsigned i : order) {
+      Lane& lane = *block.lanes[i];
+      if (lane.state != State::ready) continue;
+      progress = true;
+      block.current = i;
+      threadIdx = lane.index;
+      lane.fiber.resume();
+      if (block.error) std::rethrow_exception(block.error);
+      finished += lane.state == State::finished;
+    }
+    if (!progress) stuck();
+  }
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  blockIdx = {0, 0, 0};
+  const uint64_t count = uint64_t{size.x} * size.y * size.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (count == 0 || count > kMostLanes || count % kWarp)
+    misuse("blocks have " + std::to_string(count) + " lanes, expected whole warps, at most 1024");
+  if (blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    misuse("a grid that no device takes");
+  block.count = static_cast<unsigned>(count);
+  block.kernel = &kernel;
+  while (block.lanes.size() < count) block.lanes.push_back(std::make_unique<Lane>());
+  blockDim = size;
+  gridDim = grid;
+
+  std::mt19937 random(schedule.seed);
+  std::vector<unsigned> lanes(count), block_order(blocks);
+  std::iota(lanes.begin(), lanes.end(), 0u);
+  std::iota(block_order.begin(), block_order.end(), 0u);
+  if (schedule.order == Order::reverse) {
+    std::reverse(lanes.begin(), lanes.end());
+    std::reverse(block_order.begin(), block_order.end());
+  } else if (schedule.order == Order::shuffled) {
+    std::shuffle(block_order.begin(), block_order.end(), random);
+  }
+  for (unsigned b : block_order) {
+    blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+    run_block(size, shared_bytes, lanes, random);
+  }
+}
+
+void warp_collective(const char* what, uint32_t mask, void* payload, Combine combine,
+                     const std::source_location& where) {
+  Lane& lane = current();
+  if (!(mask >> block.current % kWarp & 1))
+    misuse("lane " + std::to_string(block.current) + " calls " + what + " with a mask without it");
+  lane.state = State::at_warp;
+  lane.what = what;
+  lane.mask = mask;
+  lane.payload = payload;
+  lane.combine = combine;
+  lane.where = where;
+  collective(block.current / kWarp * kWarp, kWarp);
+}
+
+void block_collective(const char* what, void* payload, Combine combine,
+                      const std::source_location& where) {
+  Lane& lane = current();
+  lane.state = State::at_block;
+  lane.what = what;
+  lane.mask = 0;
+  lane.payload = payload;
+  lane.combine = combine;
+  lane.where = where;
+  collective(0, block.count);
+}
+
+unsigned lane_number() { return block.current; }
+
+void* shared_array(size_t bytes) {
+  const size_t i = current().arrays++;
+  if (i == block.arrays.size()) {
+    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (rounded > block.shared_left)
+      misuse("array " + std::to_string(i) + " of shared memory takes " + std::to_string(rounded) +
+             " bytes, but " + std::to_string(block.shared_left) + " are left");
+    block.shared_left -= rounded;
+    block.arrays.push_back({std::make_unique_for_overwrite<std::byte[]>(bytes), bytes});
+    std::memset(block.arrays.back().memory.get(), 0xcb, bytes);
+  }
+  if (block.arrays[i].bytes != bytes)
+    misuse("lanes disagree on the size of array " + std::to_string(i) + " of shared memory");
+  return block.arrays[i].memory.get();
+}
+
+std::vector<std::vector<Copy>>& pending_copies() { return current().copies; }
+
+}  // namespace pentad::cuda_host

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensor-core products of a warp: one instruction on a device (sm_80 and later), the same product of
+// the lanes' fragments on the CPU. With g = lane / 4 and t = lane % 4, lane holds
+//
+//   A (16 rows):    a[0] row g, a[1] row g + 8, column group t; a[2], a[3] the same, group t + 4
+//   B (8 columns):  b[0] column g, row group t; b[1] the same, group t + 4
+//   C (16, 8):      c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8
+//
+// where a group is one 32-bit register of the inner dimension: 32 bits, or two 16-bit floats.
+#pragma once
+#include "common/cuda_launch.cuh"
+
+namespace pentad {
+
+#if defined(__CUDACC__)
+
+// c += popcount(a and b): (16, 256) bits by (256, 8) bits. Native on sm_80 and sm_90, where the xor
+// form is emulated on sm_90; on sm_100 both are.
+__device__ inline void mma_and_popc(int32_t (&c)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// c += a b: (16, 16) by (16, 8), float sums.
+__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#else
+
+namespace cuda_host {
+
+template <class C>
+struct Fragments {
+  C* c;
+  const uint32_t *a, *b;
+};
+
+// dot(a register, b register) is their part of the sum.
+template <class C, auto dot>
+void mma(const char* what, C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+         const Where& where) {
+  Fragments<C> payload{c, a, b};
+  warp_collective(
+      what, kFullWarp, &payload,
+      [](void* const* payloads, int) {
+        const auto lane = [&](int g, int t) {
+          return *static_cast<const Fragments<C>*>(payloads[g * 4 + t]);
+        };
+        for (int row = 0; row < 16; ++row)
+          for (int column = 0; column < 8; ++column) {
+            C& sum = lane(row % 8, column / 2).c[row / 8 * 2 + column % 2];
+            for (int k = 0; k < 8; ++k)
+              sum += dot(lane(row % 8, k % 4).a[k / 4 * 2 + row / 8], lane(column, k % 4).b[k / 4]);
+          }
+      },
+      where);
+}
+
+}  // namespace cuda_host
+
+inline void mma_and_popc(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         const std::source_location& where = std::source_location::current()) {
+  cuda_host::mma<int32_t, [](uint32_t x, uint32_t y) { return std::popcount(x & y); }>(
+      "mma_and_popc", c, a, b, where);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const std::source_location& where = std::source_location::current()) {
+  cuda_host::mma<float, [](uint32_t x, uint32_t y) {
+    return static_cast<float>(real_from_bf16(x & 0xffff) * real_from_bf16(y & 0xffff) +
+                              real_from_bf16(x >> 16) * real_from_bf16(y >> 16));
+  }>("mma_bf16", c, a, b, where);
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                    const std::source_location& where = std::source_location::current()) {
+  cuda_host::mma<float, [](uint32_t x, uint32_t y) {
+    return static_cast<float>(real_from_half(x & 0xffff) * real_from_half(y & 0xffff) +
+                              real_from_half(x >> 16) * real_from_half(y >> 16));
+  }>("mma_f16", c, a, b, where);
+}
+
+#endif
+
+}  // namespace pentad
