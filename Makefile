@@ -87,7 +87,7 @@ test-aarch64: $(DEPENDENCIES)
 
 NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.inc')
 
-lint: $(DEPENDENCIES)
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
