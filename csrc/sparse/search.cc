@@ -13,11 +13,9 @@
 
 #include "common/aligned.h"
 #include "common/ceil_div.h"
-#include "common/isa.h"
 #include "common/parallel.h"
-#include "common/reals.h"
 #include "common/topk.h"
-#include "sparse/search_kernels.h"
+#include "sparse/query_weights.h"
 
 namespace pentad::sparse {
 namespace {
@@ -27,101 +25,7 @@ constexpr int64_t kMostSum = 65535;
 constexpr int64_t kVisibleTerms = 128;  // that can all add at least 1 to a sum
 constexpr int64_t kMostTerms = 4096;    // of the bounds; beyond, documents are scored one by one
 constexpr int64_t kGroup = 32;          // queries of one task
-constexpr int kRoomyBits = 20;          // of a table of weights, from which it is fuller
 constexpr float kShare = 0.97f;  // of the k-th bound: bounds are some tenths of a per cent high
-
-const SearchKernels& kernels() {
-  switch (isa()) {
-#if defined(__x86_64__)
-    case Isa::v4x: return v4x::sparse_search_kernels;
-    case Isa::v4: return v4::sparse_search_kernels;
-    case Isa::v3: return v3::sparse_search_kernels;
-    default: return v2::sparse_search_kernels;
-#else
-    default: return neon::sparse_search_kernels;
-#endif
-  }
-}
-
-// --- Scores --------------------------------------------------------------------------------------
-
-// The weights of one query by term: open addressing, behind a filter for the many terms of a
-// document that the query lacks.
-class Weights {
- public:
-  void set(const int32_t* terms, const float* weights, int64_t count) {
-    int bits = 10;
-    while (int64_t{1} << bits < (bits < kRoomyBits ? 32 : 2) * count) ++bits;
-    if (bits != bits_) slots_.assign(size_t{1} << (bits_ = bits), 0);
-    else
-      for (uint32_t at : used_) slots_[at] = 0;
-    terms_.assign(terms, terms + count);
-    weights_.assign(weights, weights + count);
-    used_.resize(count);
-    std::fill_n(filter_, kFilterWords, 0u);
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bit = filter_bit(terms[i]);
-      filter_[bit / 32] |= 1u << bit % 32;
-      uint32_t at = hash(terms[i]);
-      while (slots_[at]) at = next(at);
-      slots_[at] = static_cast<uint32_t>(i + 1);
-      used_[i] = at;
-    }
-  }
-
-  float score(const Forward& forward, int64_t document) const {
-    const Span row = row_of(forward, document);
-    switch (forward.dtype) {
-      case DType::f32: {
-        const auto* v = static_cast<const float*>(forward.values);
-        return sum(forward, row, [&](int64_t j) { return v[j]; });
-      }
-      case DType::u8: {
-        const auto* v = static_cast<const uint8_t*>(forward.values);
-        const float scale = forward.scale[document];
-        return sum(forward, row, [&](int64_t j) { return scale * v[j]; });
-      }
-      default: {
-        const auto* v = static_cast<const uint16_t*>(forward.values);
-        return sum(forward, row, [&](int64_t j) { return finite_half(v[j]); });
-      }
-    }
-  }
-
- private:
-  uint32_t hash(int32_t term) const { return static_cast<uint32_t>(term) * kHash >> (32 - bits_); }
-  uint32_t next(uint32_t at) const { return (at + 1) & static_cast<uint32_t>(slots_.size() - 1); }
-
-  // First the entries that pass a filter of 1,024 bits, without a branch, as no one could foresee
-  // it; then the products of those whose term it is.
-  template <class Value>
-  float sum(const Forward& forward, Span row, const Value& value) const {
-    constexpr int64_t kStep = 256;
-    uint16_t taken[kStep + 16];
-    double total = 0;
-    for (int64_t first = row.begin; first < row.end; first += kStep) {
-      const int32_t* terms = forward.terms + first;
-      const int64_t size = std::min(kStep, row.end - first);
-      const int64_t count = kernels().pass_filter(terms, size, filter_, taken);
-      for (int64_t i = 0; i < count; ++i) {
-        const int32_t term = terms[taken[i]];
-        for (uint32_t at = hash(term), slot; (slot = slots_[at]); at = next(at)) {
-          if (terms_[slot - 1] != term) continue;
-          total += static_cast<double>(weights_[slot - 1]) * value(first + taken[i]);
-          break;
-        }
-      }
-    }
-    return static_cast<float>(total) + 0.0f;
-  }
-
-  int bits_ = 0;
-  std::vector<uint32_t> slots_;  // the number of a term plus 1
-  std::vector<int32_t> terms_;
-  std::vector<float> weights_;
-  std::vector<uint32_t> used_;  // slots
-  uint32_t filter_[kFilterWords];
-};
 
 // --- Candidates ----------------------------------------------------------------------------------
 
@@ -216,18 +120,19 @@ class Searcher {
     if (needed(limit) > most_) return;  // no document of the window can reach it
     const int64_t blocks = row_bytes(window.documents) / kRowBlock;
     add(blocks);
-    if (documents_.mask) kernels().clear(documents_.mask + first_, window.documents, sums_.get());
+    if (documents_.mask)
+      search_kernels().clear(documents_.mask + first_, window.documents, sums_.get());
     if (limit == -kInfinity) {
       const int64_t sum = kth_sum(blocks, candidates.k());
       const bool k_exist =
-          sum > 1 || kernels().count_from(sums_.get(), blocks, 1) >= candidates.k();
+          sum > 1 || search_kernels().count_from(sums_.get(), blocks, 1) >= candidates.k();
       if (k_exist) query.limit.raise(bound_of(sum) * candidates.share());
       limit = query.limit.get();
     }
     const int64_t from = needed(limit);
     if (from > most_) return;  // by a limit that another thread has raised meanwhile
     const int64_t count =
-        kernels().find_from(sums_.get(), blocks, static_cast<uint16_t>(from), found_.get());
+        search_kernels().find_from(sums_.get(), blocks, static_cast<uint16_t>(from), found_.get());
     for (int64_t i = 0; i < count; ++i) {
       const int64_t d = found_[i];  // of those that `clear` took, where a sum of 0 is enough
       if (d < window.documents && (!documents_.mask || documents_.mask[first_ + d]))
@@ -318,12 +223,12 @@ class Searcher {
         rows_.push_back(term.postings.row);
         row_weights_.push_back(term.weight);
       }
-    kernels().add_rows(rows_.data(), row_weights_.data(), static_cast<int64_t>(rows_.size()),
-                       blocks, sums_.get());
+    search_kernels().add_rows(rows_.data(), row_weights_.data(), static_cast<int64_t>(rows_.size()),
+                              blocks, sums_.get());
     for (const Term& term : terms_)
       if (!term.postings.row)
-        kernels().add_list(term.postings.documents, term.postings.values, term.postings.count,
-                           term.weight, sums_.get());
+        search_kernels().add_list(term.postings.documents, term.postings.values,
+                                  term.postings.count, term.weight, sums_.get());
   }
 
   // The largest sum that at least k documents of the window have; 1 where fewer have one. What k
@@ -333,7 +238,7 @@ class Searcher {
     const int64_t least = bisect(blocks / 16, k);
     if (least == 1) return bisect(blocks, k);
     const int64_t count =
-        kernels().find_from(sums_.get(), blocks, static_cast<uint16_t>(least), found_.get());
+        search_kernels().find_from(sums_.get(), blocks, static_cast<uint16_t>(least), found_.get());
     order_.clear();
     for (int64_t i = 0; i < count; ++i) order_.push_back(sums_[found_[i]]);
     std::nth_element(order_.begin(), order_.begin() + (k - 1), order_.end(), std::greater<>());
@@ -346,7 +251,7 @@ class Searcher {
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;
       const bool reached =
-          kernels().count_from(sums_.get(), blocks, static_cast<uint16_t>(middle)) >= k;
+          search_kernels().count_from(sums_.get(), blocks, static_cast<uint16_t>(middle)) >= k;
       (reached ? low : high) = reached ? middle : middle - 1;
     }
     return low;
@@ -365,15 +270,6 @@ class Searcher {
 };
 
 // --- Settling ------------------------------------------------------------------------------------
-
-// Inlined, or the compiler drops what only prefetches.
-inline __attribute__((always_inline)) void prefetch(const Forward& forward, int64_t document) {
-  const Span row = row_of(forward, document);
-  const char* values = static_cast<const char*>(forward.values);
-  const int64_t size = size_of(forward.dtype);
-  for (int64_t j = row.begin; j < row.end; j += 16) __builtin_prefetch(forward.terms + j);
-  for (int64_t j = row.begin; j < row.end; j += 64 / size) __builtin_prefetch(values + j * size);
-}
 
 // The hits [begin, end) of those candidates.
 void score(const Forward& forward, const Weights& weights, const std::vector<Candidate>& candidates,
@@ -535,20 +431,6 @@ void topk(const Documents& documents, const SparseQueries& queries, int64_t k,
       const bool present = i < static_cast<int64_t>(hits.size());
       scores[q * k + i] = present ? 0.0f - float_from_key(hits[i].key) : -kInfinity;
       found[q * k + i] = present ? hits[i].id : -1;
-    }
-  });
-}
-
-void scores_at(const Forward& forward, const SparseQueries& queries, const int64_t* candidates,
-               int64_t c, float* scores) {
-  parallel_for_if(queries.count * c >= 512, queries.count, [&](int64_t q) {
-    const int64_t begin = queries.indptr[q];
-    Weights weights;
-    weights.set(queries.terms + begin, queries.weights + begin, queries.indptr[q + 1] - begin);
-    for (int64_t i = q * c; i < (q + 1) * c; ++i) {
-      const int64_t document = candidates[i];
-      const bool known = document >= 0 && document < forward.documents;
-      scores[i] = known ? weights.score(forward, document) : -kInfinity;
     }
   });
 }
