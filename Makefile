@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 PACKAGE := $(VENV)/.pentad-installed
+TOOLS := $(VENV)/.tools-installed
 DEPENDENCIES := $(VENV)/.dependencies-installed
 CMAKE_ARGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPENTAD_CUDA=OFF \
   -DCCACHE=$(abspath $(BIN))/ccache
@@ -29,10 +30,15 @@ help:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(DEPENDENCIES): constraints.txt pyproject.toml | $(BIN)/python
+# What compiles and packs is enough for the C++ tests and for what is shipped.
+$(TOOLS): constraints.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints.txt pip
-	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
-	$(BIN)/python tools/requirements.py build search torch encoders bench demo dev >$(VENV)/requirements.txt
+	$(BIN)/python tools/requirements.py build >$(VENV)/requirements-build.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/requirements-build.txt
+	@touch $@
+
+$(DEPENDENCIES): $(TOOLS)
+	$(BIN)/python tools/requirements.py search torch encoders bench demo dev >$(VENV)/requirements.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
@@ -55,7 +61,7 @@ test: test-cpp test-sanitize test-python
 test-python: install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-build/cpp/build.ninja build/sanitize/build.ninja: $(DEPENDENCIES) CMakeLists.txt
+build/cpp/build.ninja build/sanitize/build.ninja: $(TOOLS) CMakeLists.txt
 	$(BIN)/cmake -S . -B $(@D) $(CMAKE_ARGS) -DPENTAD_TESTS=ON \
 	  $(if $(findstring sanitize,$@),-DPENTAD_SANITIZE=address$(comma)undefined,-DPENTAD_BENCH=ON)
 comma := ,
@@ -72,7 +78,7 @@ test-sanitize: build/sanitize/build.ninja
 # The NEON kernels, cross-compiled and emulated. SAMPLE=1: the quick ones (attention and scan take
 # most of a minute each).
 SAMPLED := $(if $(SAMPLE),hamming matrix_definition pq_lookup scan_definition sparse_score sparse_splade)
-test-aarch64: $(DEPENDENCIES)
+test-aarch64: $(TOOLS)
 	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || ! command -v qemu-aarch64 >/dev/null; then \
 	  echo "test-aarch64 skipped: it needs g++-aarch64-linux-gnu and qemu-user"; \
 	else \
@@ -104,14 +110,14 @@ bench: install
 	$(BIN)/pentad bench $(BENCH_ARGS)
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
-wheel: $(DEPENDENCIES)
+wheel: $(TOOLS)
 	rm -rf dist build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps \
 	  -C install.strip=true -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
-sdist: $(DEPENDENCIES)
+sdist: $(TOOLS)
 	rm -rf dist/*.tar.gz
 	$(BIN)/python -c "from scikit_build_core.build import build_sdist; print(build_sdist('dist'))"
 
