@@ -347,6 +347,20 @@ def test_small_and_partial_runs_publish_nothing(run_main, tmp_path, capsys):
     )
 
 
+def test_what_cannot_be_written_is_not_measured(tmp_path, monkeypatch, capsys):
+    command = load("command")
+    monkeypatch.setattr(command, "measure", None)
+    monkeypatch.setattr(command.subprocess, "run", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    for path in ("file", "file/here.json", "file/deep/here", "folder.json"):
+        for families in (["hamming"], ["hamming", "pq"]):
+            assert cli.main(["bench", *families, "--json", str(tmp_path / path)]) == 1
+            error = capsys.readouterr().err
+            assert error.startswith(f"pentad bench: {tmp_path / path} cannot be written")
+            assert error.count("\n") == 1
+
+
 @pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("wrong", [{"ours": 2}, {"peer": 2}])
 def test_a_wrong_answer_fails_the_run(run_main, wrong, capsys):
@@ -460,7 +474,7 @@ def test_brute_force_of_the_hamming_benchmark():
     np.testing.assert_array_equal(ids, admitted_order)
 
 
-def test_every_target_of_the_issue_has_a_case():
+def test_every_target_of_hamming_has_its_case():
     hamming = load("hamming")
     cases = {case.name: case for case in hamming.CASES}
     assert len(cases) == len(hamming.CASES)
@@ -566,3 +580,14 @@ def test_extra_memory_is_that_of_the_matrices():
     failed = case.measure("plain torch", (-1,))
     assert failed["status"] == "error"
     assert "negative" in failed["detail"]
+
+
+def test_memory_without_a_peak_to_ask_for_fails_nothing(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    memory, case = load("memory"), load("attention").MEMORY[0]
+    monkeypatch.setattr(memory, "FORGET", tmp_path / "none")
+    monkeypatch.setattr(memory, "free_bytes", None)
+    (result,) = case.run(load("harness").Options(False, 1, 1, 1.0))
+    assert {record["status"] for record in result["contenders"]} == {"unfit"}
+    assert result["target"]["met"] is None
+    assert load("command").complain({"family": "attention", "cases": [result]}) == 0

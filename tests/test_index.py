@@ -73,6 +73,8 @@ def test_an_empty_index_answers(rng, kind, options):
     assert index.range_search(none, 3)[0].tolist() == [0]
     if len(rescores) > 1 or not kind.stores:
         assert index.rescore(none, np.zeros((0, 4), np.int64)).ids.shape == (0, 4)
+    if kind.stores:
+        assert len(index.codes()) == 0
     assert len(index) == 0
     assert_same(index.ids, np.zeros(0, np.int64))
 
@@ -257,9 +259,11 @@ def test_training_again_needs_an_empty_index(rng, kind):
         index.train(vectors)
     assert bits(index.search(vectors, 9)) == before
     index.remove(range(80))
-    index.train(vectors[::-1], seed=3, iterations=2)
-    index.add(vectors)
-    assert len(index) == 80
+    other = kind.cls(**index._meta())
+    for trained in (index, other):
+        trained.train(vectors[::-1], seed=3, iterations=2)
+        trained.add(vectors)
+    assert bits(index.search(vectors, 9)) == bits(other.search(vectors, 9))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in DENSE if hasattr(kind.cls, "train")])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``pentad``: search the documentation of what is installed, measure the kernels.
+"""The command ``pentad``: search the documentation of what is installed, show and measure it all.
 
 Exit status: 0, 1 where something could not be done, 2 where the call makes no sense; then one line
 on standard error says what.
@@ -195,7 +195,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="pentad", description="Search the documentation of what is installed.")
+    parser = _Parser(
+        prog="pentad",
+        description="Search the documentation of what is installed; show and measure the package.",
+    )
     parser.add_argument("--version", action="version", version=f"pentad {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,8 @@ def run(
     budget: float | None,
 ) -> int:
     """Measure families; 1 where an answer was wrong or a call failed, 2 where no case was meant."""
+    if json_path is not None:
+        ready(json_path)
     if len(names) > 1:
         return run_apart(names, quick, only, json_path, threads, rounds, budget)
     family = family_named(names[0])
@@ -71,10 +74,21 @@ def run(
     return complain(results)
 
 
+def ready(path: Path) -> None:
+    """Makes the folder; OSError where results could not be written, so that none are measured."""
+    folder = path.parent if path.suffix == ".json" else path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    there = path if path.exists() else folder
+    if (folder != path and path.is_dir()) or not os.access(there, os.W_OK):
+        raise OSError(f"{path} cannot be written")
+
+
 def write(path: Path, name: str, results: Any) -> Path:
     """The file, in a folder under its family's name."""
     path = path if path.suffix == ".json" else path / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     return path
 
