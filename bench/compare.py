@@ -22,6 +22,7 @@ from rich.table import Table
 
 from pentad.bench.tables import format_bytes, format_seconds
 
+WRITTEN = {"family", "quick", "machine", "cases"}
 SAME_MACHINE = ("cpu", "cores", "isa", "threads", "thread_runtime")
 
 
@@ -30,9 +31,12 @@ def load(path: Path) -> dict[str, dict[str, Any]]:
     paths = sorted(path.glob("*.json")) if path.is_dir() else [path]
     found: dict[str, dict[str, Any]] = {}
     for one in paths:
-        content = json.loads(one.read_text())
+        try:
+            content = json.loads(one.read_text())
+        except ValueError:
+            content = None
         for results in content if isinstance(content, list) else [content]:
-            if not isinstance(results, dict) or "family" not in results:
+            if not isinstance(results, dict) or not results.keys() >= WRITTEN:
                 raise ValueError(f"{one} holds no results of pentad bench")
             found[results["family"]] = results
     if not found:

@@ -254,6 +254,8 @@ def pictures(
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Results by family, in the order in which they are shown."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    if not found:
+        raise ValueError(f"{folder} holds no results of pentad bench")
     if quick := [name for name, results in found.items() if results["quick"]]:
         raise ValueError(f"{folder / quick[0]}.json: a quick run is nothing to publish")
     return {name: found[name] for name in [*FAMILIES, CURVES, *sorted(found)] if name in found}
@@ -270,8 +272,8 @@ def main(arguments: list[str] | None = None, headlines: dict[str, Any] = HEADLIN
     try:
         measured = read(options.results)
         block = insert(readme.read_text(), summary(measured, headlines))
-    except ValueError as error:
-        print(f"{options.root}: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
         return 1
     texts = {readme: block, docs / "benchmarks.md": page(measured)}
     drawn = pictures(measured, headlines)

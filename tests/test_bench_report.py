@@ -138,6 +138,13 @@ def test_markers_full_runs_and_headlines_are_needed(site, capsys):
     site.put(published() | {"quick": True})
     assert site.run() == 1
     assert "quick" in capsys.readouterr().err
+    for path in (site.results / "family.json", site.readme):
+        path.unlink()
+        assert site.run() == 1
+        error = capsys.readouterr().err
+        assert "holds no results" in error or "No such file" in error
+        assert error.count("\n") == 1
+        site.put(published())
 
 
 def test_curves_have_a_table_and_a_picture_with_their_limit(site):
@@ -217,10 +224,14 @@ def test_compare_refuses_what_it_cannot_compare(compare, tmp_path, capsys):
     family, other = tmp_path / "a.json", tmp_path / "b.json"
     family.write_text(json.dumps(published()))
     other.write_text(json.dumps({"benchmarks": []}))
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps({"family": "family"}))
     for arguments, reason in (
         ((family, other), "holds no results of pentad bench"),
         ((family, tmp_path / "none.json"), "No such file"),
         ((family, BENCH), "holds no results"),
+        ((family, BENCH / "compare.py"), "compare.py holds no results"),
+        ((family, part), "part.json holds no results"),
     ):
         assert compare.main([str(path) for path in arguments]) == 1
         error = capsys.readouterr().err
