@@ -15,8 +15,8 @@ from pentad.pq.train import train_codebooks
 _ROWS = 256  # per list that train its centroid, as `train_codebooks` takes them
 
 # The best of a list's rows is about so many deviations better than its centroid: of n Gaussians the
-# largest is near sqrt(2 log n), 3.3 to 3.7 for lists of 250 to 1,000. Lists to visit for 95 % of the
-# ten best of 75,000 embedded passages (and of a million with copies) by the products with the
+# largest is near sqrt(2 log n), 3.3 to 3.7 for lists of 250 to 1,000. Lists to visit that have 95 %
+# of the ten best of 75,000 embedded passages (of a million with copies): by the products with the
 # centroids alone 34 (32), by cosines 26 (18), with 2 deviations 30 (21), 3: 26 (16), 4: 24 (14).
 _REACH = 4.0
 
