@@ -91,7 +91,7 @@ test-aarch64: $(TOOLS)
 
 # --- Style -----------------------------------------------------------------------------------------
 
-NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.inc')
+NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 lint: install
 	$(BIN)/ruff check .
