@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an installed wheel must do beside numpy alone: import, and search each kind of index."""
+"""What an installed wheel must do beside numpy alone: import, search, save and load."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 
 import pentad
 from pentad.hamming import BinaryIndex
 from pentad.pq import ScalarIndex
+from pentad.sparse import SparseIndex
 
 assert not {"torch", "sklearn", "rich"} & set(sys.modules), "an optional package was imported"
 vectors = np.random.default_rng(0).standard_normal((500, 100)).astype(np.float32)
@@ -17,4 +20,11 @@ assert (binary.search(vectors, 1, rescore="store").ids[:, 0] == np.arange(500)).
 scalar = ScalarIndex(100)
 scalar.add(vectors)
 assert (scalar.search(vectors, 1).ids[:, 0] == np.arange(500)).all()
-print("imports and searches beside numpy alone:", pentad.__version__, pentad.isa())
+words = SparseIndex(100)
+words.add((np.arange(101), np.arange(100), np.ones(100, np.float32)))
+with tempfile.TemporaryDirectory() as folder:
+    for index, asked in ((binary, vectors), (scalar, vectors), (words, words.reconstruct([7, 3]))):
+        index.save(Path(folder, "index"))
+        loaded = type(index).load(Path(folder, "index"), mmap=False)
+        assert (loaded.search(asked, 3).ids == index.search(asked, 3).ids).all()
+print("imports, searches, saves and loads beside numpy alone:", pentad.__version__, pentad.isa())

@@ -82,7 +82,8 @@ def write(path, kind: str, meta: dict, arrays: dict[str, np.ndarray]) -> None:
     start = _aligned(len(prefix) + len(text))
 
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(6)}"
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)  # which Windows has
+    handle = os.open(temporary, new, 0o666)  # less the umask
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(prefix + text)
