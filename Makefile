@@ -13,8 +13,9 @@ CMAKE_ARGS := -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DPENTAD_CUD
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 # The package, the C++ tests and the wheel compile the same kernels: once, as the cache knows them by
-# paths relative to this directory.
+# paths relative to this directory, and by the compiler's name.
 export CCACHE_BASEDIR := $(CURDIR)
+export CXX
 
 .PHONY: help install demo test test-python test-cpp test-sanitize test-aarch64 lint format bench wheel \
   sdist sdist-check docs pictures numerics clean
