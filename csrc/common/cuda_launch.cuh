@@ -5,6 +5,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -53,6 +54,14 @@ class Shared {
 #endif
 };
 
+// Blocks in a row, of which a grid takes 2^31 - 1.
+inline unsigned blocks_of(int64_t count) {
+  if (count < 1 || count > 0x7fffffff)
+    throw std::invalid_argument("a CUDA kernel cannot take arrays of this size: it would need " +
+                                std::to_string(count) + " blocks");
+  return static_cast<unsigned>(count);
+}
+
 struct Grid {
   dim3 blocks, lanes;
   size_t shared = 0;  // bytes, the sum of shared_bytes
@@ -84,6 +93,14 @@ class DeviceGuard {
   int before_ = -1;
 };
 
+// 90 for compute capability 9.0.
+inline int compute_capability(int device) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "CUDA");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "CUDA");
+  return major * 10 + minor;
+}
+
 // Puts the kernel on the stream and returns; nothing waits for it.
 template <class... Parameters>
 void launch(const CudaStream& on, const char* name, void (*kernel)(Parameters...), const Grid& grid,
@@ -103,6 +120,8 @@ void launch(const CudaStream& on, const char* name, void (*kernel)(Parameters...
 }
 
 #else
+
+inline int compute_capability(int) { return 80; }
 
 template <class... Parameters>
 void launch(const CudaStream&, const char*, void (*kernel)(Parameters...), const Grid& grid,

@@ -2,6 +2,7 @@
 #include "common/cuda_host/executor.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -43,6 +44,7 @@ struct Block {
   std::vector<std::unique_ptr<Lane>> lanes;  // kept from launch to launch for their stacks
   unsigned count = 0;
   unsigned current = 0;
+  unsigned at_block = 0, at_warp[kMostLanes / kWarp] = {};  // lanes that wait
   std::vector<Array> arrays;
   size_t shared_left = 0;
   const std::function<void()>* kernel = nullptr;
@@ -92,33 +94,36 @@ std::string place(const Lane& lane) {
   misuse(text);
 }
 
+// Texts are literals of one place in the source, so their addresses tell.
 bool together(const Lane& a, const Lane& b) {
-  return a.state == b.state && a.combine == b.combine && a.mask == b.mask &&
-         a.where.line() == b.where.line() &&
-         !std::strcmp(a.where.file_name(), b.where.file_name()) && !std::strcmp(a.what, b.what);
+  return a.state == b.state && a.combine == b.combine && a.mask == b.mask && a.what == b.what &&
+         a.where.line() == b.where.line() && a.where.file_name() == b.where.file_name();
 }
 
-// Waits for lanes [first, first + count) as far as they are in the mask (a block's barrier: all).
-void collective(unsigned first, unsigned count) {
+// Waits for the `expected` lanes that take part among lanes [first, first + count).
+template <class TakesPart>
+void collective(unsigned first, unsigned count, unsigned expected, unsigned& waiting,
+                const TakesPart& takes_part) {
   Lane& self = current();
-  void* payloads[kMostLanes] = {};
-  bool complete = true;
-  const bool all = self.state == State::at_block;
-  const auto takes_part = [&](unsigned i) { return all || self.mask >> i & 1; };
-  for (unsigned i = 0; i < count && complete; ++i) {
+  if (++waiting < expected) return self.fiber.suspend();
+  void* payloads[kMostLanes];
+  for (unsigned i = 0; i < count; ++i) {
+    payloads[i] = nullptr;
     if (!takes_part(i)) continue;
     const Lane& lane = *block.lanes[first + i];
-    complete = together(self, lane);
+    if (!together(self, lane)) return self.fiber.suspend();
     payloads[i] = lane.payload;
   }
-  if (!complete) return self.fiber.suspend();
   if (self.combine) self.combine(payloads, static_cast<int>(count));
   for (unsigned i = 0; i < count; ++i)
     if (takes_part(i)) block.lanes[first + i]->state = State::ready;
+  waiting -= expected;
 }
 
 void run_block(dim3 size, size_t shared_bytes, std::vector<unsigned>& order, std::mt19937& random) {
   block.arrays.clear();
+  block.at_block = 0;
+  std::fill(std::begin(block.at_warp), std::end(block.at_warp), 0u);
   block.shared_left = shared_bytes;
   block.error = nullptr;
   for (unsigned i = 0; i < block.count; ++i) {
@@ -189,7 +194,9 @@ void warp_collective(const char* what, uint32_t mask, void* payload, Combine com
   lane.payload = payload;
   lane.combine = combine;
   lane.where = where;
-  collective(block.current / kWarp * kWarp, kWarp);
+  const unsigned warp = block.current / kWarp;
+  collective(warp * kWarp, kWarp, static_cast<unsigned>(std::popcount(mask)), block.at_warp[warp],
+             [mask](unsigned i) { return mask >> i & 1; });
 }
 
 void block_collective(const char* what, void* payload, Combine combine,
@@ -201,7 +208,7 @@ void block_collective(const char* what, void* payload, Combine combine,
   lane.payload = payload;
   lane.combine = combine;
   lane.where = where;
-  collective(0, block.count);
+  collective(0, block.count, block.count, block.at_block, [](unsigned) { return true; });
 }
 
 unsigned lane_number() { return block.current; }

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// The entries of hamming.h that run on a CUDA device: the same mathematics, results and ties, on
+// arrays in the device's memory. They put kernels on the stream and return; nothing is allocated,
+// copied to the host or waited for. Scratch memory comes from the caller, at least as many bytes as
+// the function beside says, aligned to 16. hamming_nocuda.cc stands in where no CUDA compiler was.
+//
+// Integers are exact and score has the bits of the CPU; weighted_sum adds runs of 64 codes, then the
+// runs of a slice, then the slices, which are cut by n alone.
+#pragma once
+#include <cstdint>
+
+#include "common/cuda_stream.h"
+#include "hamming/hamming.h"
+
+namespace pentad::hamming::cuda {
+
+constexpr int64_t kMaxK = 2048;                    // lists of hits lie in shared memory
+constexpr int64_t kMaxRows = int64_t{0xffffffff};  // a row is 32 bits of a hit, and one is "none"
+
+// How common ones are counted: tensor cores, which sm_80 to sm_90 have for bits, or popcounts.
+enum class Product { of_device, tensor, popcount };
+
+int64_t distance_scratch(int64_t a_rows, int64_t b_rows);
+void distance(const CudaStream& stream, const Matrix<const uint8_t>& a,
+              const Matrix<const uint8_t>& b, Metric metric, void* out, void* scratch,
+              Product product = Product::of_device);
+
+// k <= kMaxK, codes.rows <= kMaxRows; mask may be null.
+int64_t topk_scratch(int64_t queries, int64_t rows, int64_t k);
+void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
+          const Matrix<const uint8_t>& codes, const uint8_t* mask, Metric metric, int64_t k,
+          void* values, int64_t* ids, void* scratch, Product product = Product::of_device);
+
+void score(const CudaStream& stream, const Matrix<const float>& x,
+           const Matrix<const uint8_t>& codes, float* out);
+
+int64_t weighted_sum_scratch(const WeightedSum& in);
+void weighted_sum(const CudaStream& stream, const WeightedSum& in, float* out, void* scratch);
+
+}  // namespace pentad::hamming::cuda
