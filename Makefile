@@ -24,7 +24,8 @@ help:
 	@echo "make demo     set up and show the whole package on real input, with a report"
 	@echo "make test     set up and run every test"
 	@echo "make docs     build the documentation into site/"
-	@echo "make install lint format bench wheel sdist test-python test-cpp test-sanitize test-aarch64 clean"
+	@echo "make install lint format bench wheel sdist sdist-check pictures numerics clean"
+	@echo "make test-python test-cpp test-sanitize test-aarch64"
 
 # --- Set-up: a virtual environment, pinned dependencies, the package ------------------------------
 
