@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 from cases import KINDS, LAYOUTS, MASKS, METRICS, assert_same, codes, laid_out, mask
+from device_array import DeviceArray
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pentad
-from pentad.hamming import reference
+from pentad.hamming import _kernels, reference
 
 EPS = float(np.finfo(np.float32).eps)
 
@@ -648,3 +649,49 @@ def test_arguments_are_never_written(rng):
     H.bundle(db, 50)
     H.bind(db, db)
     assert_same((db, x, weights), tuple(kept))
+
+
+# --- CUDA: what can be checked on any machine -----------------------------------------------------
+
+
+def test_arguments_of_cuda_kernels_are_checked(rng):
+    a, b = codes(rng, 3, 40), codes(rng, 5, 40)
+    out = np.zeros((3, 5), np.int32)
+    there = [DeviceArray(x) for x in (a, b, out)]
+    elsewhere = DeviceArray(b, device=1)
+    scratch = DeviceArray(np.zeros(64, np.uint8))
+    refused = [
+        (pentad.DeviceError, "b is not on cuda:0", (there[0], b, "hamming", there[2])),
+        (pentad.DeviceError, "b is not on cuda:0", (there[0], elsewhere, "hamming", there[2])),
+        (pentad.DeviceError, "out is not on cuda:0", (there[0], there[1], "hamming", out)),
+        (pentad.DeviceError, "b is on an accelerator", (a, there[1], "hamming", out)),
+        (TypeError, "out has dtype int32", (there[0], there[1], "jaccard", there[2])),
+    ]
+    if pentad._C.cuda_built():
+        small = DeviceArray(np.zeros(31, np.uint8))
+        arguments = (*there[:2], "hamming", there[2])
+        refused += [
+            (ValueError, "needs scratch memory", arguments),
+            (ValueError, r"scratch has shape \(31,\), expected 32", (*arguments, small)),
+            (pentad.DeviceError, "scratch is not on cuda:0", (*arguments, small.array)),
+        ]
+    for error, message, arguments in refused:
+        with pytest.raises(error, match=message):
+            pentad._C.hamming_distance(*arguments)
+    if not pentad._C.cuda_devices():  # the kernels themselves would read this memory
+        with pytest.raises(pentad.DeviceError, match="no CUDA"):
+            pentad._C.hamming_distance(*there[:2], "hamming", there[2], scratch)
+    assert not out.any()
+
+
+def test_topk_by_sorting(rng):
+    """The way of a k that no list on a device holds; it is the same for tensors on the CPU."""
+    torch = pytest.importorskip("torch")
+    q, db = (torch.from_numpy(codes(rng, n, 30, "ties")) for n in (5, 90))
+    some = torch.from_numpy(mask(rng, 90, "random"))
+    for metric in METRICS:
+        for chosen in (None, some):
+            for k in (4, 100):
+                got = _kernels.sorted_topk(q, db, k, metric, chosen)
+                for x, y in zip(got, H.topk(q, db, k, metric=metric, mask=chosen), strict=True):
+                    assert torch.equal(x, y)

@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace pentad {
 
 void bind_common(py::module_& m) {
-  py::register_exception<DeviceMismatch>(m, "DeviceError", PyExc_RuntimeError).attr("__doc__") =
+  py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError).attr("__doc__") =
       "A missing device, one that no kernel serves, or arguments on different devices.";
   py::register_exception_translator([](std::exception_ptr error) {
     try {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings/tensor_caster.h"
+#include "hamming/hamming_cuda.h"
 
 namespace py = pybind11;
 
@@ -34,16 +35,18 @@ void check_bytes(int64_t bytes, const char* op) {
                       std::to_string(kMaxBytes));
 }
 
-Matrix<const uint8_t> codes_of(const TensorView& view, const char* op, const char* name) {
-  expect(view, op, name, {DType::u8}, 2);
+Matrix<const uint8_t> codes_of(const TensorView& view, const char* op, const char* name,
+                               Device on = {}) {
+  expect(view, op, name, {DType::u8}, 2, on);
   return matrix<const uint8_t>(view);
 }
 
 // (n) of a contiguous 1-D argument.
 template <class T>
-const T* column(const Optional& view, const char* op, const char* name, DType dtype, int64_t n) {
+const T* column(const Optional& view, const char* op, const char* name, DType dtype, int64_t n,
+                Device on = {}) {
   if (!view) return nullptr;
-  expect(*view, op, name, {dtype}, 1);
+  expect(*view, op, name, {dtype}, 1, on);
   if (view->shape[0] != n)
     bad_value(op, std::string(name) + " has " + std::to_string(view->shape[0]) +
                       " entries, expected " + std::to_string(n));
@@ -190,17 +193,56 @@ void py_permute(const TensorView& codes, int64_t dim, int64_t shift, const Tenso
   permute(rows_of(codes, offsets), dim, shift, static_cast<uint8_t*>(out.data));
 }
 
+// An operation with CUDA kernels takes, behind its own arguments, their scratch memory and the
+// stream as a number; the CPU needs neither.
+CudaStream stream_of(Device on, uintptr_t stream) {
+  return {on.id, reinterpret_cast<void*>(stream)};
+}
+
 void py_distance(const TensorView& a, const TensorView& b, const std::string& metric_name,
-                 const TensorView& out) {
+                 const TensorView& out, const Optional& scratch, uintptr_t stream) {
   constexpr const char* op = "hamming.distance";
   const Metric metric = metric_from(metric_name, op);
-  const Matrix<const uint8_t> left = codes_of(a, op, "a"), right = codes_of(b, op, "b");
+  const Device on = device_of(a);
+  const Matrix<const uint8_t> left = codes_of(a, op, "a", on), right = codes_of(b, op, "b", on);
   if (left.cols != right.cols)
     bad_value(op, "a has " + std::to_string(left.cols) + " bytes per row but b has " +
                       std::to_string(right.cols));
   check_bytes(left.cols, op);
-  expect_output(out, op, "out", value_type(metric), {left.rows, right.rows});
-  distance(left, right, metric, out.data);
+  expect_output(out, op, "out", value_type(metric), {left.rows, right.rows}, on);
+  if (!on.is_cuda()) return distance(left, right, metric, out.data);
+  const int64_t bytes = cuda::distance_scratch(left.rows, right.rows);
+  cuda::distance(stream_of(on, stream), left, right, metric, out.data,
+                 scratch_of(scratch, op, bytes, on));
+}
+
+// Row-major codes on a device.
+void py_topk_cuda(const TensorView& queries, const TensorView& codes_view, const Optional& mask,
+                  const std::string& metric_name, const TensorView& values,
+                  const TensorView& out_ids, const Optional& scratch, uintptr_t stream) {
+  constexpr const char* op = "hamming.topk";
+  const Metric metric = metric_from(metric_name, op);
+  const Device on = device_of(queries);
+  if (!on.is_cuda()) throw DeviceMismatch("[hamming.topk] queries are not on a CUDA device");
+  const Matrix<const uint8_t> q = codes_of(queries, op, "queries", on);
+  const Matrix<const uint8_t> codes = codes_of(codes_view, op, "codes", on);
+  if (q.cols != codes.cols)
+    bad_value(op, "queries have " + std::to_string(q.cols) + " bytes per row but codes have " +
+                      std::to_string(codes.cols));
+  check_bytes(q.cols, op);
+  if (codes.rows > cuda::kMaxRows)
+    bad_value(op, "codes have " + std::to_string(codes.rows) + " rows, a device takes " +
+                      std::to_string(cuda::kMaxRows));
+  const auto* live = column<uint8_t>(mask, op, "mask", DType::boolean, codes.rows, on);
+  const int64_t k = values.rank == 2 ? values.shape[1] : 0;
+  if (k > cuda::kMaxK)
+    bad_value(op, "k is " + std::to_string(k) + ", the CUDA kernel takes at most " +
+                      std::to_string(cuda::kMaxK));
+  expect_output(values, op, "values", value_type(metric), {q.rows, k}, on);
+  expect_output(out_ids, op, "ids", DType::i64, {q.rows, k}, on);
+  const int64_t bytes = cuda::topk_scratch(q.rows, codes.rows, k);
+  cuda::topk(stream_of(on, stream), q, codes, live, metric, k, values.data,
+             static_cast<int64_t*>(out_ids.data), scratch_of(scratch, op, bytes, on));
 }
 
 void py_topk(const TensorView& queries, const TensorView& database_view, int64_t rows,
@@ -234,20 +276,23 @@ std::unique_ptr<RangeResult> py_range(const TensorView& queries, const TensorVie
       q, database, ranges_of(offsets, begin, end, q.rows, database, op), metric, radius);
 }
 
-Matrix<const float> floats_of(const TensorView& x, const char* op) {
-  expect(x, op, "x", {DType::f32}, 2);
+Matrix<const float> floats_of(const TensorView& x, const char* op, Device on = {}) {
+  expect(x, op, "x", {DType::f32}, 2, on);
   return matrix<const float>(x);
 }
 
-void py_score(const TensorView& x, const TensorView& codes, const TensorView& out) {
+void py_score(const TensorView& x, const TensorView& codes, const TensorView& out,
+              uintptr_t stream) {
   constexpr const char* op = "hamming.score";
-  const Matrix<const float> queries = floats_of(x, op);
-  const Matrix<const uint8_t> c = codes_of(codes, op, "codes");
+  const Device on = device_of(x);
+  const Matrix<const float> queries = floats_of(x, op, on);
+  const Matrix<const uint8_t> c = codes_of(codes, op, "codes", on);
   if (queries.cols < 1 || c.cols != (queries.cols + 7) / 8)
     bad_value(op, "codes have " + std::to_string(c.cols) + " bytes per row, which is not dim " +
                       std::to_string(queries.cols));
-  expect_output(out, op, "out", DType::f32, {queries.rows, c.rows});
-  score(queries, c, static_cast<float*>(out.data));
+  expect_output(out, op, "out", DType::f32, {queries.rows, c.rows}, on);
+  if (on.is_cuda()) cuda::score(stream_of(on, stream), queries, c, static_cast<float*>(out.data));
+  else score(queries, c, static_cast<float*>(out.data));
 }
 
 void py_topk_score(const TensorView& x, const TensorView& database_view, int64_t rows,
@@ -269,18 +314,7 @@ void py_topk_score(const TensorView& x, const TensorView& database_view, int64_t
              static_cast<int64_t*>(out_ids.data));
 }
 
-void py_weighted_sum(const TensorView& weights, const TensorView& codes, int64_t dim,
-                     const TensorView& out) {
-  constexpr const char* op = "hamming.weighted_sum";
-  expect(weights, op, "weights", {DType::f32}, 3);
-  expect(codes, op, "codes", {DType::u8}, 3);
-  if (weights.shape[0] != codes.shape[0] || weights.shape[2] != codes.shape[1])
-    bad_value(op,
-              "weights have shape " + shape_text(weights) + " but codes have " + shape_text(codes));
-  if (dim < 1 || codes.shape[2] != (dim + 7) / 8)
-    bad_value(op, "codes have " + std::to_string(codes.shape[2]) +
-                      " bytes per row, which is not dim " + std::to_string(dim));
-  expect_output(out, op, "out", DType::f32, {weights.shape[0], weights.shape[1], dim});
+WeightedSum weighted_sum_of(const TensorView& weights, const TensorView& codes, int64_t dim) {
   WeightedSum in;
   in.weights = static_cast<const float*>(weights.data);
   in.codes = static_cast<const uint8_t*>(codes.data);
@@ -292,7 +326,27 @@ void py_weighted_sum(const TensorView& weights, const TensorView& codes, int64_t
   in.nq = weights.shape[1];
   in.n = weights.shape[2];
   in.dim = dim;
-  weighted_sum(in, static_cast<float*>(out.data));
+  return in;
+}
+
+void py_weighted_sum(const TensorView& weights, const TensorView& codes, int64_t dim,
+                     const TensorView& out, const Optional& scratch, uintptr_t stream) {
+  constexpr const char* op = "hamming.weighted_sum";
+  const Device on = device_of(weights);
+  expect(weights, op, "weights", {DType::f32}, 3, on);
+  expect(codes, op, "codes", {DType::u8}, 3, on);
+  if (weights.shape[0] != codes.shape[0] || weights.shape[2] != codes.shape[1])
+    bad_value(op,
+              "weights have shape " + shape_text(weights) + " but codes have " + shape_text(codes));
+  if (dim < 1 || codes.shape[2] != (dim + 7) / 8)
+    bad_value(op, "codes have " + std::to_string(codes.shape[2]) +
+                      " bytes per row, which is not dim " + std::to_string(dim));
+  expect_output(out, op, "out", DType::f32, {weights.shape[0], weights.shape[1], dim}, on);
+  const WeightedSum in = weighted_sum_of(weights, codes, dim);
+  if (!on.is_cuda()) return weighted_sum(in, static_cast<float*>(out.data));
+  cuda::weighted_sum(
+      stream_of(on, stream), in, static_cast<float*>(out.data),
+      scratch_of(scratch, op, cuda::weighted_sum_scratch(in.batch, in.nq, in.n, dim), on));
 }
 
 void py_to_blocks(const TensorView& codes, int64_t first, const TensorView& blocks,
@@ -378,12 +432,21 @@ void bind_hamming(py::module_& m) {
   m.def("hamming_pack", &py_pack, release);
   m.def("hamming_unpack", &py_unpack, release);
   m.def("hamming_permute", &py_permute, release);
-  m.def("hamming_distance", &py_distance, release);
+  const auto no_scratch = py::arg("scratch") = py::none(), default_stream = py::arg("stream") = 0;
+  m.def("hamming_distance", &py_distance, py::arg("a"), py::arg("b"), py::arg("metric"),
+        py::arg("out"), no_scratch, default_stream, release);
   m.def("hamming_topk", &py_topk, release);
+  m.def("hamming_topk_cuda", &py_topk_cuda, release);
+  m.attr("hamming_cuda_max_k") = cuda::kMaxK;
+  m.def("hamming_distance_scratch", &cuda::distance_scratch);
+  m.def("hamming_topk_scratch", &cuda::topk_scratch);
+  m.def("hamming_weighted_sum_scratch", &cuda::weighted_sum_scratch);
   m.def("hamming_range", &py_range, release);
-  m.def("hamming_score", &py_score, release);
+  m.def("hamming_score", &py_score, py::arg("x"), py::arg("codes"), py::arg("out"), default_stream,
+        release);
   m.def("hamming_topk_score", &py_topk_score, release);
-  m.def("hamming_weighted_sum", &py_weighted_sum, release);
+  m.def("hamming_weighted_sum", &py_weighted_sum, py::arg("weights"), py::arg("codes"),
+        py::arg("dim"), py::arg("out"), no_scratch, default_stream, release);
   m.def("hamming_to_blocks", &py_to_blocks, release);
   m.def("hamming_from_blocks", &py_from_blocks, release);
   m.def("hamming_score_candidates", &py_score_candidates, release);

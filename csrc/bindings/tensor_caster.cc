@@ -166,12 +166,27 @@ void bad_value(const char* op, const std::string& message) {
   throw std::invalid_argument("[" + std::string(op) + "] " + message);
 }
 
+Device device_of(const TensorView& view) {
+  return view.device_type == dlpack::kCuda ? Device{dlpack::kCuda, view.device_id} : Device{};
+}
+
+static void wrong_device(const TensorView& view, const char* op, const char* name, Device on) {
+  const std::string text = "[" + std::string(op) + "] " + name;
+  if (on.is_cuda())
+    throw DeviceMismatch(text + " is not on cuda:" + std::to_string(on.id) +
+                         ", where the first argument is");
+  throw DeviceMismatch(
+      text + " is on an accelerator, but " +
+      (view.device_type == dlpack::kCuda
+           ? "this operation has only a CPU kernel, or its first argument is on the CPU"
+           : "this operation has only a CPU kernel"));
+}
+
 void expect(const TensorView& view, const char* op, const char* name,
-            std::initializer_list<DType> dtypes, int rank) {
+            std::initializer_list<DType> dtypes, int rank, Device on) {
   // No message is begun before it is needed: it would cost more than the checks of a tiny call.
-  if (view.device_type != dlpack::kCpu)
-    throw DeviceMismatch("[" + std::string(op) + "] " + name +
-                         " is on an accelerator, but this operation has only a CPU kernel");
+  if (view.device_type != on.type || (on.is_cuda() && view.device_id != on.id))
+    wrong_device(view, op, name, on);
   if (std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) {
     std::string accepted;
     for (DType dtype : dtypes)
@@ -189,13 +204,23 @@ void expect(const TensorView& view, const char* op, const char* name,
 }
 
 void expect_output(const TensorView& view, const char* op, const char* name, DType dtype,
-                   std::initializer_list<int64_t> shape) {
-  expect(view, op, name, {dtype}, static_cast<int>(shape.size()));
+                   std::initializer_list<int64_t> shape, Device on) {
+  expect(view, op, name, {dtype}, static_cast<int>(shape.size()), on);
   if (view.read_only) bad_value(op, std::string(name) + " is read-only");
   for (int i = 0; i < view.rank; ++i)
     if (view.shape[i] != shape.begin()[i])
       bad_value(op, std::string(name) + " has the wrong shape " + shape_text(view));
   if (!is_contiguous(view)) bad_value(op, std::string(name) + " is not contiguous");
+}
+
+void* scratch_of(const std::optional<TensorView>& view, const char* op, int64_t bytes, Device on) {
+  if (bytes == 0) return nullptr;
+  if (!view) bad_value(op, "a CUDA kernel needs scratch memory");
+  expect(*view, op, "scratch", {DType::u8}, 1, on);
+  if (view->read_only || !is_contiguous(*view) || view->shape[0] < bytes)
+    bad_value(op, "scratch has shape " + shape_text(*view) + ", expected " + std::to_string(bytes) +
+                      " contiguous bytes");
+  return view->data;
 }
 
 bool is_contiguous(const TensorView& view) {

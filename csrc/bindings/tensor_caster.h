@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/cuda_stream.h"
 #include "common/tensor_view.h"
 
 namespace pentad {
@@ -20,8 +21,8 @@ namespace pentad {
 struct TypeMismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-struct DeviceMismatch : std::runtime_error {
-  using std::runtime_error::runtime_error;
+struct DeviceMismatch : DeviceError {
+  using DeviceError::DeviceError;
 };
 
 class ViewHolder {
@@ -47,12 +48,22 @@ const char* dtype_name(DType dtype);
 bool is_contiguous(const TensorView& view);
 [[noreturn]] void bad_value(const char* op, const std::string& message);
 
-// CPU memory of one of these types and this rank (-1: any).
+// Where an operation runs, in DLPack's numbers: the CPU unless said otherwise.
+struct Device {
+  int type = 1, id = 0;
+  bool is_cuda() const { return type == 2; }
+};
+// Of the first argument of an operation that has CUDA kernels; the others are to be there too.
+Device device_of(const TensorView& view);
+
+// Memory on this device, of one of these types and this rank (-1: any).
 void expect(const TensorView& view, const char* op, const char* name,
-            std::initializer_list<DType> dtypes, int rank);
+            std::initializer_list<DType> dtypes, int rank, Device on = {});
 // An output: as above, and of this exact shape, contiguous and writable.
 void expect_output(const TensorView& view, const char* op, const char* name, DType dtype,
-                   std::initializer_list<int64_t> shape);
+                   std::initializer_list<int64_t> shape, Device on = {});
+// Memory for a CUDA kernel's own use, of at least this many bytes.
+void* scratch_of(const std::optional<TensorView>& view, const char* op, int64_t bytes, Device on);
 
 template <class T>
 Matrix<T> matrix(const TensorView& view) {

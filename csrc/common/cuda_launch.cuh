@@ -72,7 +72,7 @@ struct Grid {
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // an error that is reported here is not reported again
-  throw CudaError(std::string(what) + ": " + cudaGetErrorString(error));
+  throw DeviceError(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
 // The current device of this thread, for as long as it lives.

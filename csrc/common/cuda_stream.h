@@ -11,8 +11,8 @@ struct CudaStream {
   void* stream = nullptr;
 };
 
-// A refusal by the CUDA runtime, or no CUDA kernels at all; pentad.DeviceError in Python.
-struct CudaError : std::runtime_error {
+// No such device, no kernels for it, or a refusal of its runtime; pentad.DeviceError in Python.
+struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

@@ -34,7 +34,7 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
 void score(const CudaStream& stream, const Matrix<const float>& x,
            const Matrix<const uint8_t>& codes, float* out);
 
-int64_t weighted_sum_scratch(const WeightedSum& in);
+int64_t weighted_sum_scratch(int64_t batch, int64_t nq, int64_t n, int64_t dim);
 void weighted_sum(const CudaStream& stream, const WeightedSum& in, float* out, void* scratch);
 
 }  // namespace pentad::hamming::cuda

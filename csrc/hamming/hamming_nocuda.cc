@@ -5,7 +5,7 @@
 namespace pentad::hamming::cuda {
 namespace {
 
-[[noreturn]] void missing() { throw CudaError("this build of pentad has no CUDA kernels"); }
+[[noreturn]] void missing() { throw DeviceError("this build of pentad has no CUDA kernels"); }
 
 }  // namespace
 
@@ -22,7 +22,7 @@ void topk(const CudaStream&, const Matrix<const uint8_t>&, const Matrix<const ui
 void score(const CudaStream&, const Matrix<const float>&, const Matrix<const uint8_t>&, float*) {
   missing();
 }
-int64_t weighted_sum_scratch(const WeightedSum&) { missing(); }
+int64_t weighted_sum_scratch(int64_t, int64_t, int64_t, int64_t) { missing(); }
 void weighted_sum(const CudaStream&, const WeightedSum&, float*, void*) { missing(); }
 
 }  // namespace pentad::hamming::cuda

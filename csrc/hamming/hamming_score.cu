@@ -156,9 +156,9 @@ void score(const CudaStream& stream, const Matrix<const float>& x,
   launch(stream, "hamming: score", score_kernel, grid, x, Codes(codes), row_blocks, out);
 }
 
-int64_t weighted_sum_scratch(const WeightedSum& in) {
-  const int64_t slices = slices_of(in.n);
-  return slices > 1 ? slices * in.batch * in.nq * in.dim * 4 : 0;
+int64_t weighted_sum_scratch(int64_t batch, int64_t nq, int64_t n, int64_t dim) {
+  const int64_t slices = slices_of(n);
+  return slices > 1 ? slices * batch * nq * dim * 4 : 0;
 }
 
 void weighted_sum(const CudaStream& stream, const WeightedSum& in, float* out, void* scratch) {

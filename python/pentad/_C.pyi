@@ -6,6 +6,7 @@ Array: TypeAlias = Any
 
 __version__: str
 hamming_block_rows: int
+hamming_cuda_max_k: int
 hamming_max_bytes: int
 matrix_chunk: int
 scan_chunk: int
@@ -118,7 +119,10 @@ def hamming_words(bytes: int) -> int: ...
 def hamming_pack(x: Array, threshold: float, out: Array) -> None: ...
 def hamming_unpack(codes: Array, dim: int, out: Array) -> None: ...
 def hamming_permute(codes: Array, dim: int, shift: int, out: Array) -> None: ...
-def hamming_distance(a: Array, b: Array, metric: str, out: Array) -> None: ...
+def hamming_distance(
+    a: Array, b: Array, metric: str, out: Array, scratch: Array | None = None, stream: int = 0
+) -> None: ...
+def hamming_distance_scratch(a_rows: int, b_rows: int) -> int: ...
 def hamming_topk(
     queries: Array,
     database: Array,
@@ -133,6 +137,17 @@ def hamming_topk(
     values: Array,
     out_ids: Array,
 ) -> None: ...
+def hamming_topk_cuda(
+    queries: Array,
+    codes: Array,
+    mask: Array | None,
+    metric: str,
+    values: Array,
+    out_ids: Array,
+    scratch: Array | None,
+    stream: int,
+) -> None: ...
+def hamming_topk_scratch(queries: int, rows: int, k: int) -> int: ...
 def hamming_range(
     queries: Array,
     database: Array,
@@ -146,7 +161,7 @@ def hamming_range(
     metric: str,
     radius: float,
 ) -> HammingRange: ...
-def hamming_score(x: Array, codes: Array, out: Array) -> None: ...
+def hamming_score(x: Array, codes: Array, out: Array, stream: int = 0) -> None: ...
 def hamming_topk_score(
     x: Array,
     database: Array,
@@ -156,7 +171,15 @@ def hamming_topk_score(
     values: Array,
     out_ids: Array,
 ) -> None: ...
-def hamming_weighted_sum(weights: Array, codes: Array, dim: int, out: Array) -> None: ...
+def hamming_weighted_sum(
+    weights: Array,
+    codes: Array,
+    dim: int,
+    out: Array,
+    scratch: Array | None = None,
+    stream: int = 0,
+) -> None: ...
+def hamming_weighted_sum_scratch(batch: int, nq: int, n: int, dim: int) -> int: ...
 def hamming_to_blocks(codes: Array, first: int, blocks: Array, ones: Array | None) -> None: ...
 def hamming_from_blocks(blocks: Array, rows: int, positions: Array, out: Array) -> None: ...
 def hamming_score_candidates(

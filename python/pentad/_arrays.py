@@ -6,15 +6,16 @@ import math
 
 import numpy as np
 
+from pentad import _C
 from pentad._errors import DeviceError
 
 
-def is_numpy(op: str, *, optional=(), any_device=False, traced=True, **arrays) -> bool:
+def is_numpy(op: str, *, optional=(), any_device=False, cuda=False, traced=True, **arrays) -> bool:
     """Whether the named arguments are numpy arrays (True) or torch tensors (False), never both.
 
     Those named in `optional` may be None. Raises TypeError for anything else, DeviceError for
-    tensors on different devices or, unless `any_device`, on one that no kernel serves. Where
-    `traced` is False, tensors without values ("meta") are refused too.
+    tensors on different devices or, unless `any_device`, on one that no kernel serves (`cuda`:
+    there are CUDA kernels). Where `traced` is False, tensors without values ("meta") are refused.
     """
     kinds = {}
     for name, array in arrays.items():
@@ -23,7 +24,8 @@ def is_numpy(op: str, *, optional=(), any_device=False, traced=True, **arrays) -
         if isinstance(array, np.ndarray):
             kinds[name] = "numpy"
         elif hasattr(array, "__torch_function__") and hasattr(array, "device"):
-            kinds[name] = array.device.type
+            kind = array.device.type
+            kinds[name] = str(array.device) if cuda and kind == "cuda" else kind
         else:
             raise TypeError(
                 f"[{op}] {name} is {type(array).__name__}, expected a torch tensor or numpy array"
@@ -34,6 +36,10 @@ def is_numpy(op: str, *, optional=(), any_device=False, traced=True, **arrays) -
             raise TypeError(f"[{op}] arguments mix numpy arrays and torch tensors: {kinds}")
         raise DeviceError(f"[{op}] arguments are on different devices: {kinds}")
     kind = found.pop()
+    if cuda and kind.startswith("cuda"):
+        if not _C.cuda_built():
+            raise DeviceError(f"[{op}] this build of pentad has no CUDA kernels, only CPU ones")
+        return False
     if kind not in (("numpy", "cpu", "meta") if traced else ("numpy", "cpu")) and not any_device:
         raise DeviceError(f"[{op}] there is no {kind} kernel for this operation, only a CPU one")
     return kind == "numpy"
@@ -58,6 +64,22 @@ def empty_like(array, shape, dtype: str):
     import torch
 
     return torch.empty(shape, dtype=getattr(torch, dtype), device=array.device)
+
+
+def on_device(array, scratch=None, *sizes) -> tuple:
+    """What a kernel takes on top where `array` is on a CUDA device; nothing on the CPU.
+
+    That is scratch memory of ``scratch(*sizes)`` bytes, if the kernel wants any, and the current
+    stream as a number. The memory may be reused at once: what comes next on the stream waits.
+    """
+    if isinstance(array, np.ndarray) or not array.is_cuda:
+        return ()
+    import torch
+
+    stream = torch.cuda.current_stream(array.device).cuda_stream
+    if scratch is None:
+        return (stream,)
+    return empty_like(array, (scratch(*sizes),), "uint8"), stream
 
 
 def aligned_zeros(shape, dtype) -> np.ndarray:

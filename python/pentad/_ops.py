@@ -30,8 +30,8 @@ except AttributeError:  # a torch that tells nobody: every call goes through the
         return 1
 
 
-def define(schema: str, kernel, fake):
-    """Define ``pentad::<schema>`` with its CPU kernel and its shape function; return the overload.
+def define(schema: str, kernel, fake, *, cuda=False):
+    """Define ``pentad::<schema>`` with its kernel and its shape function; return the overload.
 
     Parameters
     ----------
@@ -40,10 +40,13 @@ def define(schema: str, kernel, fake):
     kernel, fake : callable
         Take the schema's arguments. `kernel` computes; `fake` returns empty tensors of the same
         shapes and dtypes, and is what tracing runs.
+    cuda : bool
+        Whether `kernel` takes CUDA tensors too.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernel, "CPU")
+    for key in ("CPU", "CUDA") if cuda else ("CPU",):
+        _library.impl(name, kernel, key)
     torch.library.register_fake(f"pentad::{name}", fake, lib=_library)
     return getattr(torch.ops.pentad, name).default
 

@@ -128,7 +128,7 @@ void floats(int64_t nq, const Sample& x) {
                        nq,
                        x.n,
                        x.dim};
-  auto scratch = room<uint8_t>(cuda::weighted_sum_scratch(in));
+  auto scratch = room<uint8_t>(cuda::weighted_sum_scratch(1, nq, x.n, x.dim));
   cuda::weighted_sum(stream, in, sums.data(), scratch.data());
   for (int64_t i = 0; i < nq; ++i) {
     const std::vector<double> w(weights.begin() + i * x.n, weights.begin() + (i + 1) * x.n);

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocate outputs and call the native kernels; for numpy arrays and CPU tensors alike.
+"""Allocate outputs and call the native kernels; for numpy arrays and tensors alike.
 
 These are what the functions call for numpy and what the dispatcher calls for torch. Arguments have
 been checked by the functions; the extension checks again whatever could harm memory.
 """
 
+import math
+
+import numpy as np
+
 from pentad import _C
-from pentad._arrays import empty_like
+from pentad._arrays import empty_like, on_device
 
 
 def value_dtype(metric: str) -> str:
@@ -33,17 +37,51 @@ def permute(codes, dim, shift):
 
 def distance(a, b, metric):
     out = empty_like(a, (a.shape[0], b.shape[0]), value_dtype(metric))
-    _C.hamming_distance(a, b, metric, out)
+    rows = a.shape[0], b.shape[0]
+    _C.hamming_distance(a, b, metric, out, *on_device(a, _C.hamming_distance_scratch, *rows))
     return out
 
 
 def topk(queries, codes, k, metric, mask):
+    if _is_cuda(queries) and k > _C.hamming_cuda_max_k:
+        return sorted_topk(queries, codes, k, metric, mask)
     shape = (queries.shape[0], k)
     values, ids = (
         empty_like(queries, shape, value_dtype(metric)),
         empty_like(queries, shape, "int64"),
     )
-    _C.hamming_topk(queries, codes, -1, None, mask, None, None, None, None, metric, values, ids)
+    if _is_cuda(queries):
+        device = on_device(queries, _C.hamming_topk_scratch, shape[0], codes.shape[0], k)
+        _C.hamming_topk_cuda(queries, codes, mask, metric, values, ids, *device)
+    else:
+        _C.hamming_topk(queries, codes, -1, None, mask, None, None, None, None, metric, values, ids)
+    return values, ids
+
+
+def _is_cuda(array):
+    return not isinstance(array, np.ndarray) and array.is_cuda
+
+
+def sorted_topk(queries, codes, k, metric, mask):
+    """`topk` of tensors by a stable sort of all distances: for a k that no list on a device holds.
+
+    Queries pass in groups, so that the distances are about 64 MB at once.
+    """
+    import torch
+
+    worst = {"hamming": 2**31 - 1, "jaccard": math.inf, "and": -1}[metric]
+    values = torch.full(
+        (len(queries), k), worst, dtype=getattr(torch, value_dtype(metric)), device=queries.device
+    )
+    ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+    keep, step = min(k, len(codes)), max(1, 2**24 // max(1, len(codes)))
+    for i in range(0, len(queries), step):
+        found = distance(queries[i : i + step], codes, metric)
+        if mask is not None:
+            found.masked_fill_(~mask, worst)
+        found, rows = torch.sort(found, dim=1, descending=metric == "and", stable=True)
+        values[i : i + step, :keep] = found[:, :keep]
+        ids[i : i + step, :keep] = torch.where(found == worst, -1, rows)[:, :keep]
     return values, ids
 
 
@@ -62,7 +100,7 @@ def write_range(like, found, metric):
 
 def score(x, codes):
     out = empty_like(x, (x.shape[0], codes.shape[0]), "float32")
-    _C.hamming_score(x, codes, out)
+    _C.hamming_score(x, codes, out, *on_device(x))
     return out
 
 
@@ -75,5 +113,6 @@ def topk_score(x, codes, k, mask):
 
 def weighted_sum(weights, codes, dim):
     out = empty_like(weights, (weights.shape[0], weights.shape[1], dim), "float32")
-    _C.hamming_weighted_sum(weights, codes, dim, out)
+    scratch = on_device(weights, _C.hamming_weighted_sum_scratch, *weights.shape, dim)
+    _C.hamming_weighted_sum(weights, codes, dim, out, *scratch)
     return out

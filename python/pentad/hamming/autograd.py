@@ -43,6 +43,7 @@ distance = define(
     "hamming_distance(Tensor a, Tensor b, str metric) -> Tensor",
     _kernels.distance,
     lambda a, b, metric: _empty(a, (a.shape[0], b.shape[0]), _value_dtype(metric)),
+    cuda=True,
 )
 topk = define(
     "hamming_topk(Tensor queries, Tensor codes, SymInt k, str metric, Tensor? mask)"
@@ -52,6 +53,7 @@ topk = define(
         _empty(queries, (queries.shape[0], k), _value_dtype(metric)),
         _empty(queries, (queries.shape[0], k), torch.int64),
     ),
+    cuda=True,
 )
 range_search = define(
     "hamming_range_search(Tensor queries, Tensor codes, float radius, str metric, Tensor? mask)"
@@ -63,6 +65,7 @@ score_op = define(
     "hamming_score(Tensor x, Tensor codes) -> Tensor",
     _kernels.score,
     lambda x, codes: _empty(x, (x.shape[0], codes.shape[0]), torch.float32),
+    cuda=True,
 )
 topk_score = define(
     "hamming_topk_score(Tensor x, Tensor codes, SymInt k, Tensor? mask) -> (Tensor, Tensor)",
@@ -78,6 +81,7 @@ weighted_sum_op = define(
     lambda weights, codes, dim: _empty(
         weights, (weights.shape[0], weights.shape[1], dim), torch.float32
     ),
+    cuda=True,
 )
 
 

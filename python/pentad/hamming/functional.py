@@ -190,7 +190,7 @@ def distance(a, b, *, metric="hamming"):
            [2, 2]], dtype=int32)
     """
     op = "hamming.distance"
-    numpy = is_numpy(op, a=a, b=b)
+    numpy = is_numpy(op, a=a, b=b, cuda=True)
     check_choice(op, "metric", metric, METRICS)
     check_codes(op, "a", a)
     check_codes(op, "b", b)
@@ -243,7 +243,7 @@ def topk(queries, codes, k, *, metric="hamming", mask=None):
     (array([[0, 1]], dtype=int32), array([[0, 2]]))
     """
     op = "hamming.topk"
-    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask, optional=["mask"])
+    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask, optional=["mask"], cuda=True)
     check_choice(op, "metric", metric, METRICS)
     check_codes(op, "queries", queries)
     check_codes(op, "codes", codes)
@@ -340,7 +340,7 @@ def score(x, codes):
     array([[3.5]], dtype=float32)
     """
     op = "hamming.score"
-    numpy = is_numpy(op, x=x, codes=codes)
+    numpy = is_numpy(op, x=x, codes=codes, cuda=True)
     if x.ndim < 1:
         raise ValueError(f"[{op}] x has no dimension")
     check_codes(op, "codes", codes)
@@ -426,7 +426,7 @@ def weighted_sum(weights, codes, dim):
     array([ 1.5, -0.5,  0.5], dtype=float32)
     """
     op = "hamming.weighted_sum"
-    numpy = is_numpy(op, weights=weights, codes=codes)
+    numpy = is_numpy(op, weights=weights, codes=codes, cuda=True)
     check_dtype(op, "weights", weights, FLOATS)
     check_codes(op, "codes", codes)
     dim = check_dim(op, codes, dim)
