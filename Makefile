@@ -17,8 +17,8 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export CCACHE_BASEDIR := $(CURDIR)
 export CXX
 
-.PHONY: help install demo test test-python test-cpp test-sanitize test-aarch64 lint format bench wheel \
-  sdist sdist-check docs pictures numerics clean
+.PHONY: help install demo test test-python test-cpp test-sanitize test-aarch64 \
+  test-gpu lint format bench bench-gpu build-cuda wheel sdist sdist-check docs pictures numerics clean
 
 help:
 	@echo "make demo     set up and show the whole package on real input, with a report"
@@ -91,9 +91,32 @@ test-aarch64: $(TOOLS)
 	    $(if $(SAMPLE),-R '^($(subst $(eval) ,|,$(SAMPLED)))$$'); \
 	fi
 
+# The tests that need a CUDA device, then some of them under each tool of compute-sanitizer. Where
+# there is no device they are skipped, and say so.
+test-gpu: install
+	$(BIN)/python -m pytest -rs tests/test_gpu_*.py
+	@if command -v compute-sanitizer >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
+	  for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -x \
+	      tests/test_gpu_*.py -k same_results || exit 1; \
+	  done; \
+	else \
+	  echo "compute-sanitizer skipped: it needs the tool and a device"; \
+	fi
+
+# A wheel with CUDA kernels, wherever nvcc is; it imports without a driver.
+build-cuda: $(DEPENDENCIES)
+	@if ! command -v nvcc >/dev/null; then echo "build-cuda skipped: there is no nvcc"; else \
+	  rm -rf build/wheel-cuda && \
+	  PENTAD_CUDA=ON PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel -q \
+	    --no-build-isolation --no-deps -C install.strip=true -C build-dir=build/cuda \
+	    -w build/wheel-cuda . && \
+	  $(BIN)/python tools/check_wheel.py build/wheel-cuda/*.whl; \
+	fi
+
 # --- Style -----------------------------------------------------------------------------------------
 
-NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
+NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cuh' -o -name '*.inc')
 
 lint: install
 	$(BIN)/ruff check .
@@ -110,6 +133,10 @@ format: $(DEPENDENCIES)
 
 bench: install
 	$(BIN)/pentad bench $(BENCH_ARGS)
+
+# On a CUDA device; figures go to bench/results/gpu-*.json.
+bench-gpu: install
+	$(BIN)/python bench/gpu_hamming.py
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
 wheel: $(TOOLS)
