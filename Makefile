@@ -24,6 +24,7 @@ help:
 	@echo "make demo     set up and show the whole package on real input, with a report"
 	@echo "make test     set up and run every test"
 	@echo "make docs     build the documentation into site/"
+	@echo "make test-gpu, bench-gpu  the same on a CUDA device; build-cuda: a wheel with its kernels"
 	@echo "make install lint format bench wheel sdist sdist-check pictures numerics clean"
 	@echo "make test-python test-cpp test-sanitize test-aarch64"
 
