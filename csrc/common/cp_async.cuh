@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies from global to shared memory that run beside the lanes (cp.async, sm_80 and later). On the
-// CPU a copy happens when its group is waited for and not before, so a missing wait shows.
+// CPU a copy happens as late as it may, when its group is waited for, or as early (executor.h).
 #pragma once
 #include "common/cuda_launch.cuh"
 
@@ -27,18 +27,17 @@ __device__ inline void cp_async_wait() {
 inline void cp_async(void* shared, const void* global, int bytes = 16) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
     throw cuda_host::Misuse("cp_async of an address that is no multiple of 16");
-  cuda_host::pending_copies().back().push_back(
-      {shared, global, static_cast<size_t>(bytes), static_cast<size_t>(16 - bytes)});
+  const cuda_host::Copy copy{shared, global, static_cast<size_t>(bytes),
+                             static_cast<size_t>(16 - bytes)};
+  if (cuda_host::schedule.early_copies) copy.run();
+  else cuda_host::pending_copies().back().push_back(copy);
 }
 inline void cp_async_commit() { cuda_host::pending_copies().emplace_back(); }
 template <int kLater>
 void cp_async_wait() {
   auto& groups = cuda_host::pending_copies();  // the last is the one being filled
   while (groups.size() > kLater + 1) {
-    for (const cuda_host::Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
-    }
+    for (const cuda_host::Copy& copy : groups.front()) copy.run();
     groups.erase(groups.begin());
   }
 }

@@ -14,6 +14,7 @@ void in_every_order(const Test& test) {
 #endif
   for (Order order : orders) {
     pentad::cuda_host::schedule.order = order;
+    pentad::cuda_host::schedule.early_copies = order == Order::reverse;
     test();
   }
 }

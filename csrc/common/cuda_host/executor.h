@@ -16,6 +16,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <source_location>
 #include <stdexcept>
@@ -41,6 +42,7 @@ enum class Order { forward, reverse, shuffled };
 struct Schedule {
   Order order = Order::forward;
   uint32_t seed = 1;
+  bool early_copies = false;  // cp_async copies at once, and not when it is waited for
 };
 inline thread_local Schedule schedule;
 
@@ -68,12 +70,17 @@ unsigned lane_number();
 // The block's next array in the order of the calls; each lane asks for the same ones.
 void* shared_array(size_t bytes);
 
-// Copies that have been begun and not waited for: they happen when they are waited for, and then
-// only, so that a missing wait shows. One list per group that was committed.
+// Copies that have been begun and not waited for, one list per group. A device may copy at any time
+// in between. Here that is at the end, so that a missing wait shows, or at once (early_copies), so
+// that a missing barrier before it does.
 struct Copy {
   void* to;
   const void* from;
   size_t bytes, zeros;
+  void run() const {
+    std::memcpy(to, from, bytes);
+    std::memset(static_cast<char*>(to) + bytes, 0, zeros);
+  }
 };
 std::vector<std::vector<Copy>>& pending_copies();
 
