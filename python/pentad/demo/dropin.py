@@ -46,8 +46,8 @@ def present(before: dict[str, Measured], after: dict[str, Measured], length: int
     result = Result("Drop-in")
     result.about = (
         f"A Mamba and a Llama of Hugging Face transformers with random weights, {length} tokens on "
-        "the CPU: as they are, and after `pentad.compat.install()` for the Mamba, with "
-        '`attn_implementation="pentad"` for the Llama.'
+        "the CPU: as they are, and after pentad.compat.install() for the Mamba, with "
+        'attn_implementation="pentad" for the Llama.'
     )
     rows = []
     for name in before:

@@ -20,7 +20,7 @@ BYTES = 256
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a `HybridLM`; those given here have 1.2 million parameters."""
+    """Sizes of a `HybridLM`."""
 
     dim: int = 128
     units: int = 2

@@ -251,7 +251,8 @@ def comparison(asked: Sequence[Asked], questions, remark: str) -> Table:
         f"rescored: {OVERSAMPLE} candidates for each answer are compared again by int8 vectors. "
         "BM25 and SPLADE are exact. Answered: an answer that was noted beforehand is "
         f"among the first {K}, of the questions that have one here; what else is installed may "
-        f"answer as well. {remark}"
+        f"answer as well. {remark} To go on asking: pentad search --file documentation.pentad, "
+        "in the folder of this report."
     )
     columns = ["index", "passages", f"recall@{K}", "ms/question", "bytes/passage"]
     return Table("Indexes", [*columns, "answered"], rows, note)
