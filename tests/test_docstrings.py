@@ -83,3 +83,10 @@ def test_every_parameter_is_described(name):
     }  # fmt: skip
     assert described == set(inspect.signature(function).parameters)
     assert "Returns\n-------" in text
+
+
+@pytest.mark.parametrize("name", public())
+def test_docstrings_are_markdown_as_the_site_reads_them(name):
+    """No directive, role or table of reStructuredText, which would stand there as typed."""
+    text = inspect.getdoc(resolve(name)) or ""
+    assert re.findall(r"::$|^\.\. |^=+( =+)+$|:\w+:`", text, re.MULTILINE) == []

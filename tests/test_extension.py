@@ -485,11 +485,11 @@ codes = np.zeros((n, 8), np.uint8)
 queries = np.zeros((64, 8), np.uint8)
 pentad.hamming.topk(queries[:2], codes, 3)  # the threads have their stacks
 
-def mapped():
-    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+def pages(column):  # of 0 the addresses, of which threads reserve some; 1 what is in memory
+    return int(open("/proc/self/statm").read().split()[column]) * resource.getpagesize()
 
 def limited(room, call):
-    size = mapped()
+    size = pages(0)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (size + room, limits[1]))
     try:
@@ -502,11 +502,11 @@ def limited(room, call):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 # The outputs fit (400 MB), the hits of 64 queries beside them do not (1 GB).
-before = mapped()
+before = pages(1)
 for _ in range(3):
     limited(600 << 20, lambda: pentad.hamming.topk(queries, codes, n))
     limited(200 << 20, lambda: pentad.hamming.range_search(queries, codes, 1))
-assert mapped() - before < 200 << 20, "what a failed search had is lost"
+assert pages(1) - before < 200 << 20, "what a failed search had is lost"
 found = pentad.hamming.topk(queries[:2], codes, 3)[1]
 assert found.tolist() == [[0, 1, 2]] * 2
 """

@@ -140,8 +140,8 @@ class Index:
         self._state = Flat(Rows.empty(layout)) if state is None else state
         self._writing = threading.Lock()
 
+    # Copies and pickles carry the rows, and share nothing that a later change writes to.
     def __reduce__(self):
-        """Copies and pickles carry the rows, and share nothing that a later change writes to."""
         return type(self).from_sections, self.to_sections()
 
     def _op(self, name: str) -> str:

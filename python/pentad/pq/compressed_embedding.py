@@ -227,15 +227,14 @@ def _rows(method, *shape, **options):
 class CompressedEmbedding(torch.nn.Module):
     """An embedding table in a fraction of the memory: ids (...) -> vectors (..., dim).
 
-    ======================== =========================================== =======================
-    method                   row i                                       what learns
-    ======================== =========================================== =======================
-    ``"product"``            codewords of M stored codes, concatenated   the codebooks
-    ``"hash"``               rows of one table at several hashes of i    the table
-    ``"quotient_remainder"`` a row of each of several tables, by the     the tables
-                             digits of i: i mod m, i div m mod m', ...
-    ``"int8"``, ``"int4"``   small integers times a scale per row        nothing, or the scales
-    ======================== =========================================== =======================
+    | method                 | row i                                     | what learns        |
+    |------------------------|-------------------------------------------|--------------------|
+    | `"product"`            | codewords of M stored codes, concatenated | codebooks          |
+    | `"hash"`               | rows of one table at several hashes of i  | table              |
+    | `"quotient_remainder"` | a row of each table, by the digits of i   | tables             |
+    | `"int8"`, `"int4"`     | small integers times a scale per row      | nothing, or scales |
+
+    The digits of i are i mod m, i div m mod m' and so on.
 
     A new module has rows of unit variance. `from_pretrained` fits it to a given weight: the
     codebooks by k-means, tables by least squares, integers by rounding to the nearest.

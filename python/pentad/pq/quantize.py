@@ -34,13 +34,11 @@ def quantize(x, codebooks, *, metric="l2", form="product", estimator="ste"):
     The value of `quantized` is exactly ``lookup(assign(x))``; the distances are never formed as an
     (n, K) array. Its gradient g goes
 
-    ============== =============================== =========================================
-    estimator      to x                            to the codebooks
-    ============== =============================== =========================================
-    ``"ste"``      g, straight through             added up over the rows of each code
-    ``"rotation"`` g, rotated and scaled back      none
-    ``"none"``     none                            added up over the rows of each code
-    ============== =============================== =========================================
+    | estimator    | to x                       | to the codebooks                    |
+    |--------------|----------------------------|-------------------------------------|
+    | `"ste"`      | g, straight through        | added up over the rows of each code |
+    | `"rotation"` | g, rotated and scaled back | none                                |
+    | `"none"`     | none                       | added up over the rows of each code |
 
     With "ste" the sum over the rows is that of codebook features; where the codebooks shall learn
     from a loss of their own or from averages alone, pass ``codebooks.detach()``. The rotation
@@ -50,11 +48,8 @@ def quantize(x, codebooks, *, metric="l2", form="product", estimator="ste"):
 
     `commitment` is ``mean((x - quantized)**2)`` with `quantized` held constant, so that it pulls x
     towards the codewords. The other half of the VQ-VAE loss, which pulls the codewords towards x,
-    is::
-
-        combine = {"product": "concat", "residual": "sum", "grouped": "mean"}[form]
-        words = pentad.pq.lookup(codes, codebooks, combine=combine)
-        codebook_loss = ((words - x.detach()) ** 2).mean()
+    is the same with `lookup` of the codes and ``x.detach()``, as below (`combine` is "concat" in
+    product form, "sum" in residual, "mean" in grouped form).
 
     With metric "cosine" a code is the largest inner product with the codewords at unit length, but
     `quantized` is the codeword as it is: to quantize on the sphere, as UniTok does, bring both x
@@ -103,6 +98,11 @@ def quantize(x, codebooks, *, metric="l2", form="product", estimator="ste"):
     >>> (quantized * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
     >>> x.grad
     tensor([[1., 2., 3., 4.]])
+    >>> words = pentad.pq.lookup(codes, codebooks.requires_grad_(), combine="concat")
+    >>> codebook_loss = ((words - x.detach()) ** 2).mean()
+    >>> codebook_loss.backward()
+    >>> codebooks.grad[0, 0]
+    tensor([ 0.0500, -0.0500])
     """
     op = "pq.quantize"
     numpy = is_numpy(op, x=x, codebooks=codebooks)

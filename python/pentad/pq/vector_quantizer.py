@@ -31,7 +31,7 @@ class VectorQuantizer(torch.nn.Module):
 
     With t_m the part of x that codebook m quantizes (its columns in product form, what the
     codebooks before it left in residual form, all of x in grouped form), c_m its codeword and sg[]
-    the stop of the gradient, the loss is the mean over vectors, codebooks and columns of::
+    the stop of the gradient, the loss is the mean over vectors, codebooks and columns of:
 
         commitment_weight * (t_m - sg[c_m])**2 + codebook_weight * (sg[t_m] - c_m)**2
 

@@ -38,7 +38,7 @@ class SparseAutoencoder(nn.Module):
     """Vectors as sparse sums of learned directions.
 
     With b the bias, D the decoder's rows brought to length 1, E the encoder's weight and c its
-    bias::
+    bias:
 
         pre = (x - b) @ E.T + c        z = activation(pre)        x' = z @ D + b
 
@@ -50,7 +50,7 @@ class SparseAutoencoder(nn.Module):
       arXiv 2412.06410);
     - "relu": all above 0, with the sum of z in the loss.
 
-    The total loss is::
+    The total loss is:
 
         mean((x - x')**2) + l1_weight * mean(z.sum(-1)) + aux_weight * mean((e - e')**2)
 

@@ -32,7 +32,7 @@ def sliced_densify(x, slices, *, stride=False):
 
     Representational slicing (Lin and Lin 2021, "Densifying Sparse Representations for Passage
     Retrieval by Representational Slicing", arXiv 2112.04666). Two such vectors are
-    compared by `gated_inner_product`; a model that has dense vectors too adds their inner product::
+    compared by `gated_inner_product`; a model that has dense vectors too adds their inner product:
 
         score = gated_inner_product(q, p) + weight * dense_q @ dense_p.T
 

@@ -59,12 +59,6 @@ def score(queries, docs, *, pairs=None):
     array([[ 6., 17.]], dtype=float32)
     >>> pentad.sparse.score(query, docs, pairs=np.array([[0, 1]]))
     array([17.], dtype=float32)
-
-    In PyTorch the scores reach back to the values of both sides::
-
-        values = torch.tensor([1.0, 2.0], requires_grad=True)
-        scores = pentad.sparse.score((indptr, indices, values), docs)
-        scores.sum().backward()  # values.grad has two numbers
     """
     op = "sparse.score"
     q, d = parts_of(op, "queries", queries), parts_of(op, "docs", docs)
