@@ -139,7 +139,13 @@ def test_wrong_assignments_and_codebooks_are_found():
 
 def test_lists_are_tuned(data, monkeypatch):
     ivf, clock = load("pq_ivf"), [0]
-    monkeypatch.setattr(ivf, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def repeat(call, number, repeat):
+        begin = clock[0]
+        call()
+        return [clock[0] - begin]
+
+    monkeypatch.setattr(ivf, "timeit", SimpleNamespace(repeat=repeat))
     inputs = ivf.Lists(data, 16)
 
     def settings(find):
