@@ -117,7 +117,7 @@ build-cuda: $(DEPENDENCIES)
 
 # --- Style -----------------------------------------------------------------------------------------
 
-NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cuh' -o -name '*.inc')
+NATIVE := $(shell find csrc tests/cpp bench/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc')
 
 lint: install
 	$(BIN)/ruff check .

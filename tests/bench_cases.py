@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results as `pentad bench` writes them, for the tests of what is made of them."""
+"""What the tests of the benchmarks share, results as `pentad bench` writes them among it."""
+
+import importlib
+from types import SimpleNamespace
 
 MACHINE = {
     "cpu": "a CPU",
@@ -61,3 +64,18 @@ def published_curves():
             }
         )
     return {"family": "curves", "quick": False, "machine": MACHINE, "cases": cases}
+
+
+def load(name):
+    return importlib.import_module(f"pentad.bench.{name}")
+
+
+def timed_by(clock):
+    """A stand-in for `timeit`: a call takes what it adds to ``clock[0]``."""
+
+    def repeat(call, number, repeat):
+        begin = clock[0]
+        call()
+        return [clock[0] - begin]
+
+    return SimpleNamespace(repeat=repeat)

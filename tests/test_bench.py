@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark harness: who runs when, what is timed, and what `pentad bench` makes of it."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -9,15 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bench_cases import MACHINE
+from bench_cases import MACHINE, load
 
 from pentad import cli
 
 pytest.importorskip("rich")
-
-
-def load(name):
-    return importlib.import_module(f"pentad.bench.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The curves of cost against size: when a peer leaves, and that their answers are checked."""
 
-import importlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from bench_cases import load
 
 pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
 pytest.importorskip("scipy")
-
-
-def load(name):
-    return importlib.import_module(f"pentad.bench.{name}")
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,14 @@
 """The pq benchmark: its targets, what it tells beside times, and that it finds wrong answers."""
 
 import functools
-import importlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bench_cases import load, timed_by
 
 pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
-
-
-def load(name):
-    return importlib.import_module(f"pentad.bench.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +135,7 @@ def test_wrong_assignments_and_codebooks_are_found():
 
 def test_lists_are_tuned(data, monkeypatch):
     ivf, clock = load("pq_ivf"), [0]
-
-    def repeat(call, number, repeat):
-        begin = clock[0]
-        call()
-        return [clock[0] - begin]
-
-    monkeypatch.setattr(ivf, "timeit", SimpleNamespace(repeat=repeat))
+    monkeypatch.setattr(ivf, "timeit", timed_by(clock))
     inputs = ivf.Lists(data, 16)
 
     def settings(find):

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scan benchmark: its targets, and that it finds wrong answers."""
 
-import importlib
-
 import pytest
 
 pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.17")
 
+from bench_cases import load  # noqa: E402
 from cases import run_python  # noqa: E402
-
-
-def load(name):
-    return importlib.import_module(f"pentad.bench.{name}")
 
 
 def test_targets():

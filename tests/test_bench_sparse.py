@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sparse benchmark: its vectors, its targets, and that it finds wrong answers."""
 
-import importlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bench_cases import load, timed_by
 
 pytest.importorskip("rich")
 torch = pytest.importorskip("torch")
 csr_array = pytest.importorskip("scipy.sparse").csr_array
-
-
-def load(name):
-    return importlib.import_module(f"pentad.bench.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +165,7 @@ def test_peers_find_what_they_should(data):
 def test_settings_are_chosen(data, monkeypatch):
     bench, engines = load("sparse_search"), load("sparse_engines")
     clock = [0]
-
-    def repeat(call, number, repeat):
-        begin = clock[0]
-        call()
-        return [clock[0] - begin]
-
-    monkeypatch.setattr(bench, "timeit", SimpleNamespace(repeat=repeat))
+    monkeypatch.setattr(bench, "timeit", timed_by(clock))
     best = data.answer(10)
 
     class Fake(engines.Engine):

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/cuda_host/executor.h"
 #include "common/reals.h"
@@ -221,33 +222,23 @@ T __reduce_max_sync(uint32_t mask, T value,
 
 template <class T>
 T atomicAdd(T* at, std::type_identity_t<T> value) {
-  const T before = *at;
-  *at = static_cast<T>(before + value);
-  return before;
+  return std::exchange(*at, static_cast<T>(*at + value));
 }
 template <class T>
 T atomicMin(T* at, std::type_identity_t<T> value) {
-  const T before = *at;
-  *at = std::min(before, value);
-  return before;
+  return std::exchange(*at, std::min(*at, value));
 }
 template <class T>
 T atomicMax(T* at, std::type_identity_t<T> value) {
-  const T before = *at;
-  *at = std::max(before, value);
-  return before;
+  return std::exchange(*at, std::max(*at, value));
 }
 template <class T>
 T atomicOr(T* at, std::type_identity_t<T> value) {
-  const T before = *at;
-  *at = before | value;
-  return before;
+  return std::exchange(*at, *at | value);
 }
 template <class T>
 T atomicExch(T* at, std::type_identity_t<T> value) {
-  const T before = *at;
-  *at = value;
-  return before;
+  return std::exchange(*at, value);
 }
 template <class T>
 T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
