@@ -18,7 +18,7 @@ export CCACHE_BASEDIR := $(CURDIR)
 export CXX
 
 .PHONY: help install demo test test-python test-cpp test-sanitize test-aarch64 \
-  test-gpu lint format bench bench-gpu build-cuda wheel sdist sdist-check docs pictures numerics clean
+  test-cuda-host test-gpu lint format bench bench-gpu build-cuda wheel sdist sdist-check docs pictures numerics clean
 
 help:
 	@echo "make demo     set up and show the whole package on real input, with a report"
@@ -26,7 +26,7 @@ help:
 	@echo "make docs     build the documentation into site/"
 	@echo "make test-gpu, bench-gpu  the same on a CUDA device; build-cuda: a wheel with its kernels"
 	@echo "make install lint format bench wheel sdist sdist-check pictures numerics clean"
-	@echo "make test-python test-cpp test-sanitize test-aarch64"
+	@echo "make test-python test-cpp test-sanitize test-aarch64 test-cuda-host"
 
 # --- Set-up: a virtual environment, pinned dependencies, the package ------------------------------
 
@@ -91,6 +91,22 @@ test-aarch64: $(TOOLS)
 	  $(BIN)/ctest --test-dir build/aarch64 --output-on-failure -LE 'speed|fork' -j $(JOBS) \
 	    $(if $(SAMPLE),-R '^($(subst $(eval) ,|,$(SAMPLED)))$$'); \
 	fi
+
+# The families' tests over their CUDA kernels, which are executed on the CPU (csrc/README.md): what the
+# C++ tests say of the kernels, these say of the way from Python to them. An environment of its own
+# sees the packages of the other one, but for its pentad.
+CUDA_HOST := build/cuda-host
+CUDA_HOST_TESTS := tests/test_hamming.py
+test-cuda-host: $(DEPENDENCIES)
+	@if ! [ -e $(CUDA_HOST)/bin/python ]; then \
+	  $(BIN)/python -m venv --without-pip $(CUDA_HOST) && \
+	  $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    >"$$($(CUDA_HOST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/others.pth"; \
+	fi
+	PENTAD_CUDA=HOST PATH="$(abspath $(BIN)):$$PATH" $(CUDA_HOST)/bin/python -m pip install -q \
+	  --no-build-isolation --no-deps --force-reinstall -C build-dir=build/cuda-host-objects .
+	OMP_WAIT_POLICY=passive $(CUDA_HOST)/bin/python -m pytest -n $(JOBS) --dist loadfile \
+	  $(CUDA_HOST_TESTS)
 
 # The tests that need a CUDA device, then some of them under each tool of compute-sanitizer. Where
 # there is no device they are skipped, and say so.

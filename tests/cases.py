@@ -7,13 +7,22 @@ import sys
 import textwrap
 
 import numpy as np
+import pytest
 
+import pentad
 from pentad import hamming as H
 
 METRICS = ("hamming", "jaccard", "and")
 KINDS = ("random", "ties", "sparse", "dense", "extreme")
 LAYOUTS = ("plain", "fortran", "reversed", "strided", "unaligned")
 MASKS = (None, "random", "none", "one", "all")
+
+# For what a build that executes the CUDA kernels on the CPU cannot show: the bits of the CPU's own
+# kernels, their threads and memory, and sizes that lane-by-lane execution takes too long over.
+cpu_kernels_only = pytest.mark.skipif(
+    pentad._C.cuda_on_host,
+    reason="about the CPU's own kernels, or too large for lane by lane",
+)
 
 
 def codes(rng, n, dim, kind="random"):

@@ -43,6 +43,7 @@ void bind_common(py::module_& m) {
   });
   m.def("thread_runtime", [] { return std::string(thread_runtime()); });
   m.def("cuda_built", &cuda_built);
+  m.attr("cuda_on_host") = cuda_on_host();
   m.def("cuda_devices", &cuda_devices);
   // Calls a counter `tasks` times in a parallel region and returns it: for tests of the threads.
   m.def(

@@ -193,12 +193,6 @@ void py_permute(const TensorView& codes, int64_t dim, int64_t shift, const Tenso
   permute(rows_of(codes, offsets), dim, shift, static_cast<uint8_t*>(out.data));
 }
 
-// An operation with CUDA kernels takes, behind its own arguments, their scratch memory and the
-// stream as a number; the CPU needs neither.
-CudaStream stream_of(Device on, uintptr_t stream) {
-  return {on.id, reinterpret_cast<void*>(stream)};
-}
-
 void py_distance(const TensorView& a, const TensorView& b, const std::string& metric_name,
                  const TensorView& out, const Optional& scratch, uintptr_t stream) {
   constexpr const char* op = "hamming.distance";
@@ -210,7 +204,7 @@ void py_distance(const TensorView& a, const TensorView& b, const std::string& me
                       std::to_string(right.cols));
   check_bytes(left.cols, op);
   expect_output(out, op, "out", value_type(metric), {left.rows, right.rows}, on);
-  if (!on.is_cuda()) return distance(left, right, metric, out.data);
+  if (!runs_cuda(on)) return distance(left, right, metric, out.data);
   const int64_t bytes = cuda::distance_scratch(left.rows, right.rows);
   cuda::distance(stream_of(on, stream), left, right, metric, out.data,
                  scratch_of(scratch, op, bytes, on));
@@ -223,7 +217,7 @@ void py_topk_cuda(const TensorView& queries, const TensorView& codes_view, const
   constexpr const char* op = "hamming.topk";
   const Metric metric = metric_from(metric_name, op);
   const Device on = device_of(queries);
-  if (!on.is_cuda()) throw DeviceMismatch("[hamming.topk] queries are not on a CUDA device");
+  if (!runs_cuda(on)) throw DeviceMismatch("[hamming.topk] queries are not on a CUDA device");
   const Matrix<const uint8_t> q = codes_of(queries, op, "queries", on);
   const Matrix<const uint8_t> codes = codes_of(codes_view, op, "codes", on);
   if (q.cols != codes.cols)
@@ -291,7 +285,7 @@ void py_score(const TensorView& x, const TensorView& codes, const TensorView& ou
     bad_value(op, "codes have " + std::to_string(c.cols) + " bytes per row, which is not dim " +
                       std::to_string(queries.cols));
   expect_output(out, op, "out", DType::f32, {queries.rows, c.rows}, on);
-  if (on.is_cuda()) cuda::score(stream_of(on, stream), queries, c, static_cast<float*>(out.data));
+  if (runs_cuda(on)) cuda::score(stream_of(on, stream), queries, c, static_cast<float*>(out.data));
   else score(queries, c, static_cast<float*>(out.data));
 }
 
@@ -343,7 +337,7 @@ void py_weighted_sum(const TensorView& weights, const TensorView& codes, int64_t
                       " bytes per row, which is not dim " + std::to_string(dim));
   expect_output(out, op, "out", DType::f32, {weights.shape[0], weights.shape[1], dim}, on);
   const WeightedSum in = weighted_sum_of(weights, codes, dim);
-  if (!on.is_cuda()) return weighted_sum(in, static_cast<float*>(out.data));
+  if (!runs_cuda(on)) return weighted_sum(in, static_cast<float*>(out.data));
   cuda::weighted_sum(
       stream_of(on, stream), in, static_cast<float*>(out.data),
       scratch_of(scratch, op, cuda::weighted_sum_scratch(in.batch, in.nq, in.n, dim), on));

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "bindings/dlpack_abi.h"
+#include "common/cuda_info.h"
 
 namespace py = pybind11;
 
@@ -168,6 +169,18 @@ void bad_value(const char* op, const std::string& message) {
 
 Device device_of(const TensorView& view) {
   return view.device_type == dlpack::kCuda ? Device{dlpack::kCuda, view.device_id} : Device{};
+}
+
+bool runs_cuda(Device on) { return on.is_cuda() || cuda_on_host(); }
+
+bool runs_cuda(Device on, bool supported, const char* op, const char* unsupported) {
+  if (on.is_cuda() && !supported)
+    throw DeviceMismatch("[" + std::string(op) + "] there is no CUDA kernel for " + unsupported);
+  return supported && runs_cuda(on);
+}
+
+CudaStream stream_of(Device on, uintptr_t stream) {
+  return {on.id, reinterpret_cast<void*>(stream)};
 }
 
 static void wrong_device(const TensorView& view, const char* op, const char* name, Device on) {

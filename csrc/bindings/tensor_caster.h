@@ -55,6 +55,13 @@ struct Device {
 };
 // Of the first argument of an operation that has CUDA kernels; the others are to be there too.
 Device device_of(const TensorView& view);
+// Whether the CUDA kernels are to run: on a device, and on the CPU in the build that tests them
+// there. Where they do not take such arguments ("float64", say), that is an error on a device.
+bool runs_cuda(Device on);
+bool runs_cuda(Device on, bool supported, const char* op, const char* unsupported);
+// An operation with CUDA kernels takes, behind its own arguments, their scratch memory and the
+// stream as a number; the CPU needs neither.
+CudaStream stream_of(Device on, uintptr_t stream);
 
 // Memory on this device, of one of these types and this rank (-1: any).
 void expect(const TensorView& view, const char* op, const char* name,

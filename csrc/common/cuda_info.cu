@@ -6,6 +6,7 @@
 namespace pentad {
 
 bool cuda_built() { return true; }
+bool cuda_on_host() { return false; }
 
 std::vector<std::string> cuda_devices() {
   std::vector<std::string> names;

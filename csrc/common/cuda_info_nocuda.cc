@@ -4,6 +4,7 @@
 namespace pentad {
 
 bool cuda_built() { return false; }
+bool cuda_on_host() { return false; }
 std::vector<std::string> cuda_devices() { return {}; }
 
 }  // namespace pentad

@@ -6,6 +6,8 @@ Array: TypeAlias = Any
 
 __version__: str
 hamming_block_rows: int
+cuda_on_host: bool
+"""Whether this build executes the CUDA kernels on the CPU, in place of the CPU's own."""
 hamming_cuda_max_k: int
 hamming_max_bytes: int
 matrix_chunk: int

@@ -66,17 +66,25 @@ def empty_like(array, shape, dtype: str):
     return torch.empty(shape, dtype=getattr(torch, dtype), device=array.device)
 
 
+def runs_cuda(array) -> bool:
+    """Whether CUDA kernels are to run on `array`: those of its device, or in the build that tests
+    them on the CPU."""
+    return _C.cuda_on_host or (not isinstance(array, np.ndarray) and array.is_cuda)
+
+
 def on_device(array, scratch=None, *sizes) -> tuple:
-    """What a kernel takes on top where `array` is on a CUDA device; nothing on the CPU.
+    """What a CUDA kernel takes on top where one is to run on `array`; nothing for the CPU's.
 
     That is scratch memory of ``scratch(*sizes)`` bytes, if the kernel wants any, and the current
     stream as a number. The memory may be reused at once: what comes next on the stream waits.
     """
-    if isinstance(array, np.ndarray) or not array.is_cuda:
+    if not runs_cuda(array):
         return ()
-    import torch
+    stream = 0
+    if not isinstance(array, np.ndarray) and array.is_cuda:
+        import torch
 
-    stream = torch.cuda.current_stream(array.device).cuda_stream
+        stream = torch.cuda.current_stream(array.device).cuda_stream
     if scratch is None:
         return (stream,)
     return empty_like(array, (scratch(*sizes),), "uint8"), stream

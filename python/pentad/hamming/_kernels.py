@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import empty_like, on_device
+from pentad._arrays import empty_like, on_device, runs_cuda
 
 
 def value_dtype(metric: str) -> str:
@@ -43,23 +43,20 @@ def distance(a, b, metric):
 
 
 def topk(queries, codes, k, metric, mask):
-    if _is_cuda(queries) and k > _C.hamming_cuda_max_k:
+    listed = k <= _C.hamming_cuda_max_k
+    if runs_cuda(queries) and not listed and not isinstance(queries, np.ndarray):
         return sorted_topk(queries, codes, k, metric, mask)
     shape = (queries.shape[0], k)
     values, ids = (
         empty_like(queries, shape, value_dtype(metric)),
         empty_like(queries, shape, "int64"),
     )
-    if _is_cuda(queries):
+    if runs_cuda(queries) and listed:
         device = on_device(queries, _C.hamming_topk_scratch, shape[0], codes.shape[0], k)
         _C.hamming_topk_cuda(queries, codes, mask, metric, values, ids, *device)
     else:
         _C.hamming_topk(queries, codes, -1, None, mask, None, None, None, None, metric, values, ids)
     return values, ids
-
-
-def _is_cuda(array):
-    return not isinstance(array, np.ndarray) and array.is_cuda
 
 
 def sorted_topk(queries, codes, k, metric, mask):
