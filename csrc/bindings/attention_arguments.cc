@@ -269,7 +269,8 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
     if (!fits)
       bad_value(op_, "key_bias has shape " + shape_text(x) + ", expected " +
                          (packed ? "(" : "(" + std::to_string(p.batch) + ", ") +
-                         std::to_string(p.heads) + " or " + std::to_string(p.kv_heads) + ", " +
+                         std::to_string(p.heads) +
+                         (p.heads == p.kv_heads ? "" : " or " + std::to_string(p.kv_heads)) + ", " +
                          std::to_string(cached ? p.max_k : k_tokens) + ")");
     p.key_bias = x.data;
     p.key_bias_heads = x.shape[heads];

@@ -49,7 +49,7 @@ def run(
     if len(names) > 1:
         return run_apart(names, quick, only, json_path, threads, rounds, budget)
     family = family_named(names[0])
-    chosen = [case for case in family.cases if not only or only in case.name]
+    chosen = chosen_of(family, only)
     if not chosen:
         print(f"pentad bench: no case of {family.name} has '{only}' in its name", file=sys.stderr)
         return 2
@@ -72,6 +72,10 @@ def run(
         path = write(root / "bench" / "results", family.name, results)
         console.print(f"wrote {path}", markup=False, highlight=False)
     return complain(results)
+
+
+def chosen_of(family: Family, only: str | None) -> list[Any]:
+    return [case for case in family.cases if not only or only in case.name]
 
 
 def ready(path: Path) -> None:
@@ -127,7 +131,14 @@ def complain(results: dict[str, Any]) -> int:
 
 
 def run_apart(names, quick, only, json_path, threads, rounds, budget) -> int:
-    """Each family in a process; into a folder a file each, into a file a list of all."""
+    """Each family in a process; into a folder a file each, into a file a list of all.
+
+    Where only some cases are meant, families that have none of them are left out.
+    """
+    meant = [name for name in names if only is None or chosen_of(family_named(name), only)]
+    if not meant:
+        print(f"pentad bench: no case has '{only}' in its name", file=sys.stderr)
+        return 2
     asked = ["--threads", str(threads)] + ["--quick"] * quick
     for option, value in (("--only", only), ("--rounds", rounds), ("--budget", budget)):
         asked += [] if value is None else [option, str(value)]
@@ -137,16 +148,13 @@ def run_apart(names, quick, only, json_path, threads, rounds, budget) -> int:
         asked += [] if target is None else ["--json", str(target)]
         statuses = [
             subprocess.run([sys.executable, "-m", "pentad", "bench", name, *asked]).returncode
-            for name in names
+            for name in meant
         ]
         if together:
-            parts = [Path(folder) / f"{name}.json" for name in names]
+            parts = [Path(folder) / f"{name}.json" for name in meant]
             results = [json.loads(part.read_text()) for part in parts if part.exists()]
             write(json_path, "", results)
-    # Where only some cases are meant, most families have none of them.
-    if set(statuses) == {2}:
-        return 2
-    failed = [n for n, status in zip(names, statuses, strict=True) if status not in (0, 2)]
+    failed = [name for name, status in zip(meant, statuses, strict=True) if status]
     if failed:
         print(f"pentad bench: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -22,6 +22,7 @@ def score_multi(queries, docs, *, vocab_sizes=None, pairs=None):
     queries : sequence of m sparse inputs (nq, V_i)
         One for each bucket, as `score` takes them; of one kind and dtype.
     docs : sequence of m sparse inputs (n, V_i)
+        Bucket i of each row is scored with bucket i of each query.
     vocab_sizes : int or sequence of m ints, optional
         V_i; by default what the inputs say, or one more than the largest index.
     pairs : (p, 2) int64, optional
