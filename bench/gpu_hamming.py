@@ -3,63 +3,13 @@
 
     make bench-gpu
 
-Codes are random. Every contender's answer is compared with the CPU's before it is timed; medians of
-the device's own clock (events), contenders in turn. Written to bench/results/gpu-hamming.json.
+Codes are random.
 """
 
-import json
-import statistics
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
+from gpu_harness import compare, copy_bandwidth, run
 
-import pentad
 from pentad import hamming as H
-
-ROUNDS, REPEATS = 15, 5
-OUT = Path(__file__).parent / "results" / "gpu-hamming.json"
-
-
-def unavailable():
-    if not pentad._C.cuda_built():
-        return "this build of pentad has no CUDA kernels"
-    try:
-        import torch
-    except ImportError:
-        return "torch is not installed"
-    return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-
-def seconds(call):
-    """Of one call, by the device's clock."""
-    import torch
-
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(REPEATS):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / REPEATS
-
-
-def medians(calls):
-    times = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def copy_bandwidth():
-    """Bytes per second of a copy in the device's memory, both ways counted: the ceiling."""
-    import torch
-
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.numel() / medians({"copy": lambda: y.copy_(x)})["copy"]
 
 
 def torch_topk(queries, codes, dim, k):
@@ -79,70 +29,51 @@ def faiss_topk(queries, codes, dim, k):
 
     index = faiss.GpuIndexBinaryFlat(faiss.StandardGpuResources(), dim)
     index.add(codes.cpu().numpy())
-    here = queries.cpu().numpy()
-    return lambda: index.search(here, k)
+    packed = queries.cpu().numpy()
+    return lambda: index.search(packed, k)
 
 
-def case(nq, n, dim, k, bandwidth):
+def topk(nq, n, dim, k):
     import torch
 
     rng = np.random.default_rng(0)
     q, db = (rng.integers(0, 256, (rows, dim // 8), dtype=np.uint8) for rows in (nq, n))
     values, ids = H.topk(q, db, k)
     there = [torch.from_numpy(x).cuda() for x in (q, db)]
-    calls = {"pentad": lambda: H.topk(*there, k)}
-    got = calls["pentad"]()
-    if not (np.array_equal(got[0].cpu(), values) and np.array_equal(got[1].cpu(), ids)):
-        sys.exit(f"wrong answer: {nq} queries, {n} codes of {dim} bits, k {k}")
-    skipped = {}
-    for name, make in (("torch", torch_topk), ("faiss", faiss_topk)):
-        try:
-            call = make(*there, dim, k)
-            found = call()
-        except (ImportError, AttributeError, torch.cuda.OutOfMemoryError) as error:
-            skipped[name] = str(error) or type(error).__name__
-            continue
-        distances = (dim - found[0].cpu().numpy()) / 2 if name == "torch" else found[0]
-        if not np.array_equal(distances, values):
-            sys.exit(f"wrong answer of {name}: {nq} queries, {n} codes of {dim} bits, k {k}")
-        calls[name] = call
-    times = medians(calls)
-    read = n * dim / 8 / times["pentad"]
-    return {
-        "queries": nq, "codes": n, "dim": dim, "k": k, "seconds": times, "skipped": skipped,
-        "bytes_per_second": read, "of_copy_bandwidth": read / bandwidth,
-        "pairs_per_second": nq * n / times["pentad"],
-    }  # fmt: skip
+
+    def exact(found):
+        return np.array_equal(found[0].cpu(), values) and np.array_equal(found[1].cpu(), ids)
+
+    def products(found):
+        return np.array_equal((dim - found[0].cpu().numpy()) / 2, values)
+
+    return compare(
+        f"top {k}, {nq} queries, {n} x {dim} bits",
+        "topk_scan" if nq <= 8 else "topk_tiles",
+        {
+            "pentad": lambda: (lambda: H.topk(*there, k), exact),
+            "torch": lambda: (torch_topk(*there, dim, k), products),
+            "faiss": lambda: (
+                faiss_topk(*there, dim, k),
+                lambda found: np.array_equal(found[0], values),
+            ),
+        },
+        # Few queries read every code once; many are products of bits, whose ceiling is not known.
+        **(
+            {"amount": n * dim / 8, "unit": "B", "ceiling": copy_bandwidth()}
+            if nq <= 8
+            else {"amount": 2 * nq * n * dim, "unit": "OP", "ceiling": None}
+        ),
+    )
 
 
-def main():
-    reason = unavailable()
-    if reason:
-        print(f"bench-gpu skipped: {reason}")
-        return
-    import torch
-
-    bandwidth = copy_bandwidth()
-    sizes = [
-        (nq, 2_560_000_000 // dim, dim, k)
+def cases():
+    return [
+        topk(nq, 2_560_000_000 // dim, dim, k)
         for dim in (256, 1024)
         for nq, k in ((1, 10), (4, 10), (256, 10), (1024, 100))
     ]
-    cases = [case(*size, bandwidth) for size in sizes]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": commit.strip(),
-        "copy_bandwidth": bandwidth,
-        "cases": cases,
-    }
-    OUT.write_text(json.dumps(result, indent=2) + "\n")
-    for c in cases:
-        what = f"{c['queries']:5} queries, {c['codes']:9} x {c['dim']:4} bits, k {c['k']:3}"
-        print(f"{what}: {c['seconds']}")
-    print(f"written to {OUT}")
 
 
 if __name__ == "__main__":
-    main()
+    run("hamming", cases)

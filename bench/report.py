@@ -6,13 +6,15 @@
 
 bench/results/<family>.json and curves.json are read; README.md gets some rows of every family and
 two pictures between `<!-- bench:begin -->` and `<!-- bench:end -->`, docs/benchmarks.md everything.
-A picture holds the digest of the figures in it, so that --check need not draw.
+A picture holds the digest of the figures in it, so that --check need not draw. gpu-<family>.json,
+from `make bench-gpu`, fill docs/gpu.md: the rows of the kernels, and all cases between the markers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,49 @@ def insert(text: str, block: str) -> str:
     return f"{head}{BEGIN}\n{block}\n{END}{tail}"
 
 
+# docs/gpu.md -------------------------------------------------------------------------------------
+
+KERNEL_ROW = re.compile(r"\| (\w+) (`.*?) \|.*\| (.*?) \|")
+
+
+def gpu_rate(case: dict[str, Any]) -> str:
+    return f"{case['rate'] / 1e9:,.0f} G{case['unit']}/s"
+
+
+def gpu_kernels(text: str, measured: dict[str, dict[str, Any]]) -> str:
+    """Each row "| family `kernel` ... | commit | device | figure | limit |" with its best case."""
+
+    def filled(row: re.Match[str]) -> str:
+        family, kernels, limit = row.groups()
+        results = measured.get(family, {"cases": []})
+        cases = [c for c in results["cases"] if f"`{c['kernel']}`" in kernels]
+        if not cases:
+            return row[0]
+        best = max(cases, key=lambda case: case["share"] or 0)
+        limit = limit.split(": ")[0] + (f": {best['share']:.0%}" if best["share"] else "")
+        commit = results["commit"][:12] + (" with changes" if results["dirty"] else "")
+        figure = f"{gpu_rate(best)}, {best['name']}"
+        return f"| {family} {kernels} | {commit} | {results['device']} | {figure} | {limit} |"
+
+    return "\n".join(KERNEL_ROW.sub(filled, line) for line in text.split("\n"))
+
+
+def gpu_cases(measured: dict[str, dict[str, Any]]) -> str:
+    if not measured:
+        return "Nothing has been measured on a device yet."
+    rows = []
+    for family, results in measured.items():
+        where = f"{TITLES.get(family, family)}, {results['device']}, {results['date']}"
+        for number, case in enumerate(results["cases"]):
+            ours, *peers = case["seconds"].items()
+            cells = [f"{who} {format_seconds(t)} ({t / ours[1]:.2f}x)" for who, t in peers]
+            cells += [f"{who} missing" for who in case["skipped"]]
+            share = f" ({case['share']:.0%})" if case["share"] else ""
+            mine = format_seconds(ours[1]), gpu_rate(case) + share
+            rows.append(("" if number else where, case["name"], *mine, ", ".join(cells)))
+    return table(("", "case", "pentad", "rate", "peers, their time / ours"), rows, {0, 1, 4})
+
+
 # The pictures and the whole ----------------------------------------------------------------------
 
 
@@ -253,12 +298,19 @@ def pictures(
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Results by family, in the order in which they are shown."""
-    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    paths = [path for path in folder.glob("*.json") if not path.stem.startswith("gpu-")]
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
     if not found:
         raise ValueError(f"{folder} holds no results of pentad bench")
     if quick := [name for name, results in found.items() if results["quick"]]:
         raise ValueError(f"{folder / quick[0]}.json: a quick run is nothing to publish")
     return {name: found[name] for name in [*FAMILIES, CURVES, *sorted(found)] if name in found}
+
+
+def read_gpu(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of `make bench-gpu` by family."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-*.json"))]
+    return {results["family"]: results for results in found}
 
 
 def main(arguments: list[str] | None = None, headlines: dict[str, Any] = HEADLINES) -> int:
@@ -270,12 +322,14 @@ def main(arguments: list[str] | None = None, headlines: dict[str, Any] = HEADLIN
     readme, docs = options.root / "README.md", options.root / "docs"
 
     try:
-        measured = read(options.results)
+        measured, on_gpu = read(options.results), read_gpu(options.results)
         block = insert(readme.read_text(), summary(measured, headlines))
+        gpu = docs / "gpu.md"
+        gpu_text = insert(gpu_kernels(gpu.read_text(), on_gpu), gpu_cases(on_gpu))
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    texts = {readme: block, docs / "benchmarks.md": page(measured)}
+    texts = {readme: block, docs / "benchmarks.md": page(measured), gpu: gpu_text}
     drawn = pictures(measured, headlines)
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     stale += [docs / name for name, p in drawn.items() if plots.digest_in(docs / name) != p.digest]

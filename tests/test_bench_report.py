@@ -31,6 +31,18 @@ def report():
 MARKED = "before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n"
 
 
+GPU = """\
+| kernel | last verified commit | device | figure | distance to the limit |
+|---|---|---|---|---|
+| family `a`, `b` (few) | unverified | - | - | memory |
+| family `c` | unverified | - | - | latency |
+
+<!-- bench:begin -->
+old
+<!-- bench:end -->
+"""
+
+
 class Site:
     """A README with markers and a folder with results."""
 
@@ -39,6 +51,8 @@ class Site:
         self.results.mkdir()
         self.readme, self.docs = root / "README.md", root / "docs"
         self.readme.write_text(MARKED)
+        self.docs.mkdir()
+        (self.docs / "gpu.md").write_text(GPU)
         self.arguments = ["--root", str(root), "--results", str(self.results)]
 
     def put(self, results):
@@ -58,6 +72,31 @@ def site(report, tmp_path):
     made = Site(tmp_path, report)
     made.put(published())
     return made
+
+
+def test_figures_of_a_device_reach_its_page(site):
+    page = site.docs / "gpu.md"
+    assert site.run() == 0
+    assert page.read_text() == GPU.replace("old", "Nothing has been measured on a device yet.")
+    case = {
+        "name": "a case", "kernel": "b", "seconds": {"pentad": 1e-3, "torch": 2e-3},
+        "skipped": {"faiss": "no"}, "unit": "B", "rate": 2e12, "share": 0.5,
+    }  # fmt: skip
+    results = {
+        "family": "family", "cases": [case, case | {"share": None}], "device": "H", "date": "today",
+        "commit": "0123456789abcdef", "dirty": False,
+    }  # fmt: skip
+    (site.results / "gpu-family.json").write_text(json.dumps(results))
+    assert site.run("--check") == 1
+    for _ in range(2):
+        assert site.run() == 0
+        text = page.read_text()
+        row = "| family `a`, `b` (few) | 0123456789ab | H | 2,000 GB/s, a case | memory: 50% |"
+        assert row in text
+        assert "| family `c` | unverified | - | - | latency |" in text
+        row = "| 1 ms | 2,000 GB/s (50%) | torch 2 ms (2.00x), faiss missing |"
+        assert "| family, H, today | a case " + row in text
+    assert site.run("--check") == 0
 
 
 def test_figures_reach_the_readme_and_the_page_once(site):
@@ -107,7 +146,7 @@ def test_check_tells_differences_and_changes_nothing(site, capsys):
     assert site.run("--check") == 1
     assert "README.md differs" in capsys.readouterr().err
     assert site.readme.read_text() == MARKED
-    assert not site.docs.exists()
+    assert not (site.docs / "benchmarks.md").exists()
     site.run()
     assert site.run("--check") == 0
     for path, old, new in (

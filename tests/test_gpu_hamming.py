@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hamming functions on a CUDA device, against themselves on the CPU. `make test-gpu`."""
 
-import numpy as np
 import pytest
 from cases import CALLS, DIM, LAYOUTS, METRICS, assert_same, codes, laid_out, mask
-from gpu import DEVICES, needs_gpu, on_gpu, to_numpy
+from gpu import (
+    check_captured,
+    check_mixed_devices,
+    check_repeats,
+    check_streams,
+    check_two_devices,
+    needs_gpu,
+    needs_two_gpus,
+    on_gpu,
+    to_numpy,
+)
 
 import pentad
 from pentad import hamming as H
@@ -59,48 +68,28 @@ def test_scores_and_sums_with_gradients(rng, dtype):
     torch.testing.assert_close(grad_there, grad)
 
 
+def pair(rng, nq=20, n=9000):
+    return codes(rng, nq, 256, "ties"), codes(rng, n, 256)
+
+
+def search(q, db):
+    return H.topk(q, db, 10), H.distance(q[:3], db)
+
+
 def test_results_repeat(rng):
-    q, db = (on_gpu(codes(rng, n, 256, "ties")) for n in (40, 30_000))
-    w = torch.randn(9, 30_000, device="cuda")
-    first = (*H.topk(q, db, 100), H.weighted_sum(w, db, 256))
-    for _ in range(5):
-        again = (*H.topk(q, db, 100), H.weighted_sum(w, db, 256))
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    check_repeats(search, pair(rng, 40, 30_000))
+    check_repeats(
+        lambda w, db: H.weighted_sum(w, db, 256),
+        (rng.random((9, 3000)), pair(rng)[0][:1].repeat(3000, 0)),
+    )
 
 
 def test_streams(rng):
-    """On a stream of its own a kernel waits for what made its input, on two they do not mix."""
-    db = codes(rng, 50_000, 512)
-    queries = [codes(rng, 20, 512) for _ in range(2)]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    db_there = on_gpu(db)
-    torch.cuda.synchronize()
-    results = []
-    for _ in range(3):
-        for stream, q in zip(streams, queries, strict=True):
-            with torch.cuda.stream(stream):
-                late = torch.zeros((20, 64), dtype=torch.uint8, device="cuda")
-                torch.cuda._sleep(20_000_000)
-                late.copy_(torch.from_numpy(q).pin_memory(), non_blocking=True)
-                results.append((q, H.topk(late, db_there, 10)))
-    torch.cuda.synchronize()
-    for q, got in results:
-        assert_same(to_numpy(got), H.topk(q, db, 10))
+    check_streams(search, pair(rng), pair(rng))
 
 
 def test_graph_capture(rng):
-    q, db = codes(rng, 12, 256), codes(rng, 9000, 256)
-    there, db_there = on_gpu(np.zeros_like(q)), on_gpu(db)
-    H.topk(there, db_there, 7)  # outside first: modules are loaded at the first launch
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = H.topk(there, db_there, 7)
-        pairs = H.distance(there, db_there)
-    there.copy_(on_gpu(q))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same(to_numpy(found), H.topk(q, db, 7))
-    assert_same(to_numpy(pairs), H.distance(q, db))
+    check_captured(search, pair(rng), pair(rng))
 
 
 def test_compiled(rng):
@@ -114,21 +103,11 @@ def test_compiled(rng):
 
 
 def test_devices_may_not_mix(rng):
-    q = codes(rng, 4, 64)
-    with pytest.raises(pentad.DeviceError, match="different devices"):
-        H.topk(on_gpu(q), torch.from_numpy(q), 1)
+    check_mixed_devices(search, pair(rng))
     with pytest.raises(pentad.DeviceError):
-        H.BinaryIndex(64).add(on_gpu(q))
+        H.BinaryIndex(64).add(on_gpu(codes(rng, 4, 64)))
 
 
-@pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")
+@needs_two_gpus
 def test_two_devices(rng):
-    q, db = codes(rng, 20, 256), codes(rng, 3000, 256)
-    current = torch.cuda.current_device()
-    for device in range(2):
-        got = H.topk(on_gpu(q, device), on_gpu(db, device), 5)
-        assert got[0].device.index == device
-        assert_same(to_numpy(got), H.topk(q, db, 5))
-        assert torch.cuda.current_device() == current
-    with pytest.raises(pentad.DeviceError, match="different devices"):
-        H.topk(on_gpu(q, 0), on_gpu(db, 1), 5)
+    check_two_devices(search, pair(rng))
