@@ -10,6 +10,7 @@ import pq_free_cases
 import pq_index_cases
 import pytest
 import sparse_index_cases
+from cases import assert_same
 
 from pentad.hamming import BinaryIndex, BinaryIVFIndex
 from pentad.pq import IVFPQIndex, PQIndex, RaBitQIndex, ScalarIndex
@@ -133,3 +134,21 @@ def bits(result):
     if isinstance(result, str):
         return result
     return tuple((part.shape, part.tobytes()) for part in arrays_of(result))
+
+
+def assert_unchanged_by_refusals(index, refused, queries, radius, *given):
+    """Each of `refused`, (call, error, message), raises and leaves answers and content alone.
+
+    Calls take the index and what else is given.
+    """
+
+    def state():
+        found = *index.search(queries, 12), *index.range_search(queries, radius)
+        parts = *arrays_of(index.reconstruct(index.ids)), *index.to_sections()[1].values()
+        return (*found, index.ids, *(part.copy() for part in parts))
+
+    before = state()
+    for call, error, message in refused:
+        with pytest.raises(error, match=message):
+            call(index, *given)
+        assert_same(state(), before)

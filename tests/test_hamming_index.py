@@ -15,6 +15,7 @@ from hamming_index_cases import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from index_cases import assert_unchanged_by_refusals
 
 import pentad
 from pentad.hamming import BinaryIndex, BinaryIVFIndex, reference
@@ -299,18 +300,7 @@ REFUSED = {
 def test_refused_calls_change_nothing(rng, cls, store):
     index = make(cls, 20, store=store)
     index.add(whole_vectors(rng, 10, 20))
-    queries = whole_vectors(rng, 4, 20)
-
-    def state():
-        _, arrays = index.to_sections()
-        found = tuple(index.search(queries, 12)) + tuple(index.range_search(queries, 8))
-        return (*found, index.ids, *(a.copy() for a in arrays.values()))
-
-    before = state()
-    for call, error, message in REFUSED.values():
-        with pytest.raises(error, match=message):
-            call(index)
-        assert_same(state(), before)
+    assert_unchanged_by_refusals(index, REFUSED.values(), whole_vectors(rng, 4, 20), 8)
 
 
 def test_a_storing_index_takes_no_codes():

@@ -3,8 +3,7 @@
 
 import numpy as np
 import pytest
-from cases import assert_same
-from index_cases import DIM, arrays_of, each_file, each_kind
+from index_cases import DIM, assert_unchanged_by_refusals, each_file, each_kind
 
 V = np.ones((2, DIM), np.float32)
 NAN = np.where(np.eye(2, DIM), np.nan, 1).astype(np.float32)
@@ -83,18 +82,9 @@ REFUSED_DENSE = {
 @each_file
 def test_refused_calls_change_nothing(rng, kind, options):
     index = kind.filled(kind.draw(rng, 10), np.arange(10), **options)
+    refused = (REFUSED | (REFUSED_DENSE if kind.stores else {})).values()
     vectors, queries = kind.draw(rng, 2), kind.draw(rng, 4)
-
-    def state():
-        found = *index.search(queries, 12), *index.range_search(queries, kind.radius)
-        parts = *arrays_of(index.reconstruct(index.ids)), *index.to_sections()[1].values()
-        return (*found, index.ids, *(part.copy() for part in parts))
-
-    before = state()
-    for call, error, message in (REFUSED | (REFUSED_DENSE if kind.stores else {})).values():
-        with pytest.raises(error, match=message):
-            call(index, vectors)
-        assert_same(state(), before)
+    assert_unchanged_by_refusals(index, refused, queries, kind.radius, vectors)
 
 
 @each_kind

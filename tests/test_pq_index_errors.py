@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from cases import assert_same
+from index_cases import assert_unchanged_by_refusals
 from pq_index_cases import CLASSES, make, whole_vectors
 
 import pentad
@@ -41,18 +41,7 @@ REFUSED = {
 def test_refused_calls_change_nothing(rng, cls, store, metric):
     index = make(cls, 20, 5, store=store, metric=metric)
     index.add(whole_vectors(rng, 10, 20))
-    queries = whole_vectors(rng, 4, 20)
-
-    def state():
-        _, arrays = index.to_sections()
-        found = tuple(index.search(queries, 12)) + tuple(index.range_search(queries, 8))
-        return (*found, index.ids, *(a.copy() for a in arrays.values()))
-
-    before = state()
-    for call, error, message in REFUSED.values():
-        with pytest.raises(error, match=message):
-            call(index)
-        assert_same(state(), before)
+    assert_unchanged_by_refusals(index, REFUSED.values(), whole_vectors(rng, 4, 20), 8)
 
 
 def test_components_too_large_to_square():

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from cases import assert_same
+from index_cases import assert_unchanged_by_refusals
 from sparse_index_cases import as_csr, one_each
 
 from pentad.sparse import SparseIndex
@@ -85,18 +85,7 @@ REFUSED |= {
 def test_refused_calls_change_nothing(rng, values):
     index = SparseIndex(20, values=values)
     index.add(one_each(rng, 10, 20))
-    queries = one_each(rng, 4, 20)
-
-    def state():
-        _, arrays = index.to_sections()
-        found = tuple(index.search(queries, 12)) + tuple(index.range_search(queries, 0.1))
-        return (*found, index.ids, *(a.copy() for a in arrays.values()))
-
-    before = state()
-    for call, error, message in REFUSED.values():
-        with pytest.raises(error, match=message):
-            call(index)
-        assert_same(state(), before)
+    assert_unchanged_by_refusals(index, REFUSED.values(), one_each(rng, 4, 20), 0.1)
 
 
 def test_values_beyond_float16():
