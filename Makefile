@@ -17,6 +17,10 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export CCACHE_BASEDIR := $(CURDIR)
 export CXX
 
+# CUDA kernels take longer to compile than all others together: they are built where a device could run
+# them, and by `make build-cuda`. (pip alone, without make, builds them wherever nvcc is.)
+export PENTAD_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
+
 .PHONY: help install demo test test-python test-cpp test-sanitize test-aarch64 \
   test-cuda-host test-gpu lint format bench bench-gpu build-cuda wheel sdist sdist-check docs pictures numerics clean
 
