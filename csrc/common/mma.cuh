@@ -7,6 +7,10 @@
 //   C (16, 8):      c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8
 //
 // where a group is one 32-bit register of the inner dimension: 32 bits, or two 16-bit floats.
+//
+// ldmatrix brings four matrices of 8 by 8 16-bit floats from shared memory into such registers: lane
+// l gives the address of row l % 8 of matrix l / 8, 16 bytes and a multiple of 16, and gets in r[m]
+// the group t of row g of matrix m. Transposed, that is of column g: rows 2t and 2t + 1.
 #pragma once
 #include "common/cuda_launch.cuh"
 
@@ -36,6 +40,21 @@ __device__ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
+}
+__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
 }
 
 #else
@@ -69,7 +88,45 @@ void mma(const char* what, C (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
       where);
 }
 
+struct MatrixRows {
+  const void* row;
+  uint32_t* r;
+};
+
+template <bool transposed>
+void load_matrices(const char* what, uint32_t (&r)[4], const void* row, const Where& where) {
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    throw Misuse("ldmatrix of an address that is no multiple of 16");
+  MatrixRows payload{row, r};
+  warp_collective(
+      what, kFullWarp, &payload,
+      [](void* const* payloads, int) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          uint16_t values[8][8];
+          for (int i = 0; i < 8; ++i)
+            std::memcpy(values[i], static_cast<MatrixRows*>(payloads[matrix * 8 + i])->row, 16);
+          for (int lane = 0; lane < 32; ++lane) {
+            const int g = lane / 4, t = lane % 4 * 2;
+            const uint32_t low = transposed ? values[t][g] : values[g][t];
+            const uint32_t high = transposed ? values[t + 1][g] : values[g][t + 1];
+            static_cast<MatrixRows*>(payloads[lane])->r[matrix] = low | high << 16;
+          }
+        }
+      },
+      where);
+}
+
 }  // namespace cuda_host
+
+inline void ldmatrix(uint32_t (&r)[4], const void* row,
+                     const std::source_location& where = std::source_location::current()) {
+  cuda_host::load_matrices<false>("ldmatrix", r, row, where);
+}
+inline void ldmatrix_transposed(
+    uint32_t (&r)[4], const void* row,
+    const std::source_location& where = std::source_location::current()) {
+  cuda_host::load_matrices<true>("ldmatrix_transposed", r, row, where);
+}
 
 inline void mma_and_popc(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          const std::source_location& where = std::source_location::current()) {

@@ -148,6 +148,26 @@ void products() {
   });
 }
 
+// Matrix m holds 1000 m + 10 row + column.
+void matrices() {
+  run(1, 32, shared_bytes<uint16_t[8]>(32), [&] {
+    Shared shared;
+    auto* rows = shared.take<uint16_t[8]>(32);
+    const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 8; ++i)
+      rows[lane][i] = static_cast<uint16_t>(1000 * (lane / 8) + 10 * (lane % 8) + i);
+    __syncwarp();
+    uint32_t r[4], turned[4];
+    ldmatrix(r, rows[lane]);
+    ldmatrix_transposed(turned, rows[lane]);
+    for (uint32_t m = 0; m < 4; ++m) {
+      const uint32_t at = 1000 * m + 10 * g + 2 * t, column = 1000 * m + 20 * t + g;
+      CHECK(r[m] == (at | (at + 1) << 16), m, lane);
+      CHECK(turned[m] == (column | (column + 10) << 16), m, lane);
+    }
+  });
+}
+
 void asynchronous_copies() {
   alignas(16) uint8_t from[4][16];
   for (int i = 0; i < 64; ++i) from[i / 16][i % 16] = static_cast<uint8_t>(i + 1);
@@ -235,6 +255,7 @@ int main() {
     barriers();
     warps();
     products();
+    matrices();
     asynchronous_copies();
     bounds();
     mistakes();
