@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hamming functions on a CUDA device, against themselves on the CPU. `make test-gpu`."""
 
+import numpy as np
 import pytest
 from cases import CALLS, DIM, LAYOUTS, METRICS, assert_same, codes, laid_out, mask
 from gpu import (
     check_captured,
     check_mixed_devices,
     check_repeats,
+    check_results,
     check_streams,
     check_two_devices,
     needs_gpu,
@@ -21,21 +23,29 @@ from pentad import hamming as H
 torch = pytest.importorskip("torch")
 pytestmark = needs_gpu
 
-EXACT = [name for name in CALLS if name.split()[0] in ("distance", "intersection", "topk")]
+SUMS = ("weighted_sum",)  # whose order differs from the CPU's
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_results(inputs, name, layout):
-    there = {key: on_gpu(laid_out(value, layout)) for key, value in inputs.items()}
-    assert_same(to_numpy(CALLS[name](there)), CALLS[name](inputs))
+    there = on_gpu({key: laid_out(value, layout) for key, value in inputs.items()})
+    got, want = to_numpy(CALLS[name](there)), CALLS[name](inputs)
+    if name in SUMS:
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same(got, want)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name.split()[0] in ("pack", "range")])
-def test_functions_without_kernels_say_so(inputs, name):
-    there = {key: on_gpu(value) for key, value in inputs.items()}
-    with pytest.raises(pentad.DeviceError, match="cuda"):
-        CALLS[name](there)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int8", "bool"])
+@pytest.mark.parametrize("dim", [1, 16, 77])
+def test_same_results_of_packing_every_type(rng, dtype, dim):
+    x = torch.from_numpy(rng.integers(-2, 3, (5, 3, dim))).to(getattr(torch, dtype))
+    check_results(lambda x: H.pack(x, 0.5), (x,))
+    check_results(lambda x: H.pack(x.transpose(0, 1)), (x,))
+    if dtype != "bool":
+        check_results(lambda c: H.unpack(c, dim, x.dtype), (H.pack(x),))
+    check_results(lambda c: H.permute(c, dim, 5), (H.pack(x),))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -49,6 +59,16 @@ def test_every_size(rng, metric, nq, dim, n):
     for k in (1, 10, 300, 2500):
         got = H.topk(*there[:2], k, metric=metric, mask=there[2])
         assert_same(to_numpy(got), H.topk(q, db, k, metric=metric, mask=some))
+    radius = {"hamming": dim * 0.48, "jaccard": 0.65, "and": dim * 0.27}[metric]
+    got = H.range_search(*there[:2], radius, metric=metric, mask=there[2])
+    assert_same(to_numpy(got), H.range_search(q, db, radius, metric=metric, mask=some))
+
+
+@pytest.mark.parametrize(("dim", "n"), [(1, 1), (77, 9000), (1024, 20_000), (4000, 700)])
+def test_every_size_of_scores(rng, dim, n):
+    x, db = rng.integers(-3, 4, (5, dim)).astype(np.float32), codes(rng, n, dim)
+    for k in (1, 10, 300, 2500):
+        check_results(lambda x, db, k=k: H.topk_score(x, db, k), (x, db))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -73,7 +93,8 @@ def pair(rng, nq=20, n=9000):
 
 
 def search(q, db):
-    return H.topk(q, db, 10), H.distance(q[:3], db)
+    found = H.topk_score(H.unpack(q, 256), db, 5)
+    return H.topk(q, db, 10), H.distance(q[:3], db), found, H.pack(found[0] - 100)
 
 
 def test_results_repeat(rng):

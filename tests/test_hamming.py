@@ -697,3 +697,10 @@ def test_topk_by_sorting(rng):
                 got = _kernels.sorted_topk(q, db, k, metric, chosen)
                 for x, y in zip(got, H.topk(q, db, k, metric=metric, mask=chosen), strict=True):
                     assert torch.equal(x, y)
+    x = torch.from_numpy(rng.integers(-2, 3, (5, 30))).float()
+    x[0, :2] = 3e38  # whose sums are infinite
+    for chosen in (None, some):
+        for k in (4, 100):
+            got = _kernels.sorted_topk_score(x, db, k, chosen)
+            for a, b in zip(got, H.topk_score(x, db, k, mask=chosen), strict=True):
+                assert torch.equal(a, b)

@@ -41,6 +41,18 @@ Matrix<const uint8_t> codes_of(const TensorView& view, const char* op, const cha
   return matrix<const uint8_t>(view);
 }
 
+Matrix<const float> floats_of(const TensorView& x, const char* op, Device on = {}) {
+  expect(x, op, "x", {DType::f32}, 2, on);
+  return matrix<const float>(x);
+}
+
+void check_finite(const Matrix<const float>& x, const char* op) {
+  for (int64_t i = 0; i < x.rows; ++i)
+    for (int64_t j = 0; j < x.cols; ++j)
+      if (!std::isfinite(x.row(i)[j * x.col_stride]))
+        bad_value(op, "row " + std::to_string(i) + " of x holds a NaN or an infinity");
+}
+
 // (n) of a contiguous 1-D argument.
 template <class T>
 const T* column(const Optional& view, const char* op, const char* name, DType dtype, int64_t n,
@@ -139,7 +151,7 @@ Rows rows_of(const TensorView& view, const std::vector<int64_t>& offsets) {
 // An output of the input's leading shape and `last` elements per row.
 void expect_rows(const TensorView& out, const TensorView& in, int64_t last, DType dtype,
                  const char* op) {
-  expect(out, op, "out", {dtype}, in.rank);
+  expect(out, op, "out", {dtype}, in.rank, device_of(in));
   if (out.read_only) bad_value(op, "out is read-only");
   bool fits = is_contiguous(out);
   for (int i = 0; i < out.rank; ++i)
@@ -156,39 +168,52 @@ double rounded(double x, int fraction_bits, int least_exponent, double largest) 
   return std::abs(nearest) > largest ? std::copysign(INFINITY, x) : nearest;
 }
 
-void py_pack(const TensorView& x, double threshold, const TensorView& out) {
+void py_pack(const TensorView& x, double threshold, const TensorView& out, uintptr_t stream) {
   constexpr const char* op = "hamming.pack";
+  const Device on = device_of(x);
   expect(x, op, "x", {DType::f32, DType::f16, DType::bf16, DType::f64, DType::i8, DType::boolean},
-         -1);
+         -1, on);
   if (x.rank < 1) bad_value(op, "x has no dimension to pack");
   expect_rows(out, x, (x.shape[x.rank - 1] + 7) / 8, DType::u8, op);
   if (x.dtype == DType::i8 || x.dtype == DType::boolean) threshold = std::floor(threshold);
   if (x.dtype == DType::f16) threshold = rounded(threshold, 10, -14, 65504.0);
   if (x.dtype == DType::bf16) threshold = rounded(threshold, 7, -126, 0x1.fep127);
-  const std::vector<int64_t> offsets = row_offsets(x);
-  if (!pack(rows_of(x, offsets), threshold, static_cast<uint8_t*>(out.data)))
-    bad_value(op, "x contains NaN, which is neither above nor below the threshold");
+  auto* codes = static_cast<uint8_t*>(out.data);
+  int32_t nan = 0;
+  if (runs_cuda(on)) {  // a device is not waited for to hear of a NaN
+    cuda::pack(stream_of(on, stream), x, threshold, codes, on.is_cuda() ? nullptr : &nan);
+  } else {
+    const std::vector<int64_t> offsets = row_offsets(x);
+    nan = !pack(rows_of(x, offsets), threshold, codes);
+  }
+  if (nan) bad_value(op, "x contains NaN, which is neither above nor below the threshold");
 }
 
-void py_unpack(const TensorView& codes, int64_t dim, const TensorView& out) {
+void py_unpack(const TensorView& codes, int64_t dim, const TensorView& out, uintptr_t stream) {
   constexpr const char* op = "hamming.unpack";
-  expect(codes, op, "codes", {DType::u8}, -1);
+  const Device on = device_of(codes);
+  expect(codes, op, "codes", {DType::u8}, -1, on);
   if (codes.rank < 1 || dim < 0 || codes.shape[codes.rank - 1] != (dim + 7) / 8)
     bad_value(
         op, "codes have shape " + shape_text(codes) + ", which is not dim " + std::to_string(dim));
-  expect(out, op, "out", {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8}, -1);
+  expect(out, op, "out", {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8}, -1, on);
   expect_rows(out, codes, dim, out.dtype, op);
+  if (runs_cuda(on)) return cuda::unpack(stream_of(on, stream), codes, dim, out.dtype, out.data);
   const std::vector<int64_t> offsets = row_offsets(codes);
   unpack(rows_of(codes, offsets), dim, out.dtype, out.data);
 }
 
-void py_permute(const TensorView& codes, int64_t dim, int64_t shift, const TensorView& out) {
+void py_permute(const TensorView& codes, int64_t dim, int64_t shift, const TensorView& out,
+                uintptr_t stream) {
   constexpr const char* op = "hamming.permute";
-  expect(codes, op, "codes", {DType::u8}, -1);
+  const Device on = device_of(codes);
+  expect(codes, op, "codes", {DType::u8}, -1, on);
   if (codes.rank < 1 || dim < 0 || codes.shape[codes.rank - 1] != (dim + 7) / 8)
     bad_value(
         op, "codes have shape " + shape_text(codes) + ", which is not dim " + std::to_string(dim));
   expect_rows(out, codes, (dim + 7) / 8, DType::u8, op);
+  if (runs_cuda(on))
+    return cuda::permute(stream_of(on, stream), codes, dim, shift, static_cast<uint8_t*>(out.data));
   const std::vector<int64_t> offsets = row_offsets(codes);
   permute(rows_of(codes, offsets), dim, shift, static_cast<uint8_t*>(out.data));
 }
@@ -210,34 +235,101 @@ void py_distance(const TensorView& a, const TensorView& b, const std::string& me
                  scratch_of(scratch, op, bytes, on));
 }
 
-// Row-major codes on a device.
+// --- On a device, over row-major codes ---------------------------------------------------------------
+
+void expect_cuda(Device on, const char* op) {
+  if (!runs_cuda(on)) throw DeviceMismatch("[" + std::string(op) + "] queries are not on a device");
+}
+
+// The rows that a query of this many bytes is compared with.
+Matrix<const uint8_t> searched_codes(const TensorView& view, int64_t bytes, const char* op,
+                                     Device on) {
+  const Matrix<const uint8_t> codes = codes_of(view, op, "codes", on);
+  if (codes.cols != bytes)
+    bad_value(op, "queries have " + std::to_string(bytes) + " bytes per row but codes have " +
+                      std::to_string(codes.cols));
+  check_bytes(bytes, op);
+  if (codes.rows > cuda::kMaxRows)
+    bad_value(op, "codes have " + std::to_string(codes.rows) + " rows, a device takes " +
+                      std::to_string(cuda::kMaxRows));
+  return codes;
+}
+
+int64_t listed_k(const TensorView& values, const char* op) {
+  const int64_t k = values.rank == 2 ? values.shape[1] : 0;
+  if (k > cuda::kMaxK)
+    bad_value(op, "k is " + std::to_string(k) + ", the CUDA kernel takes at most " +
+                      std::to_string(cuda::kMaxK));
+  return k;
+}
+
 void py_topk_cuda(const TensorView& queries, const TensorView& codes_view, const Optional& mask,
                   const std::string& metric_name, const TensorView& values,
                   const TensorView& out_ids, const Optional& scratch, uintptr_t stream) {
   constexpr const char* op = "hamming.topk";
   const Metric metric = metric_from(metric_name, op);
   const Device on = device_of(queries);
-  if (!runs_cuda(on)) throw DeviceMismatch("[hamming.topk] queries are not on a CUDA device");
+  expect_cuda(on, op);
   const Matrix<const uint8_t> q = codes_of(queries, op, "queries", on);
-  const Matrix<const uint8_t> codes = codes_of(codes_view, op, "codes", on);
-  if (q.cols != codes.cols)
-    bad_value(op, "queries have " + std::to_string(q.cols) + " bytes per row but codes have " +
-                      std::to_string(codes.cols));
-  check_bytes(q.cols, op);
-  if (codes.rows > cuda::kMaxRows)
-    bad_value(op, "codes have " + std::to_string(codes.rows) + " rows, a device takes " +
-                      std::to_string(cuda::kMaxRows));
+  const Matrix<const uint8_t> codes = searched_codes(codes_view, q.cols, op, on);
   const auto* live = column<uint8_t>(mask, op, "mask", DType::boolean, codes.rows, on);
-  const int64_t k = values.rank == 2 ? values.shape[1] : 0;
-  if (k > cuda::kMaxK)
-    bad_value(op, "k is " + std::to_string(k) + ", the CUDA kernel takes at most " +
-                      std::to_string(cuda::kMaxK));
+  const int64_t k = listed_k(values, op);
   expect_output(values, op, "values", value_type(metric), {q.rows, k}, on);
   expect_output(out_ids, op, "ids", DType::i64, {q.rows, k}, on);
   const int64_t bytes = cuda::topk_scratch(q.rows, codes.rows, k);
   cuda::topk(stream_of(on, stream), q, codes, live, metric, k, values.data,
              static_cast<int64_t*>(out_ids.data), scratch_of(scratch, op, bytes, on));
 }
+
+void py_topk_score_cuda(const TensorView& x, const TensorView& codes_view, const Optional& mask,
+                        const TensorView& values, const TensorView& out_ids,
+                        const Optional& scratch, uintptr_t stream) {
+  constexpr const char* op = "hamming.topk_score";
+  const Device on = device_of(x);
+  expect_cuda(on, op);
+  const Matrix<const float> queries = floats_of(x, op, on);
+  if (queries.cols < 1) bad_value(op, "x has no columns");
+  // Numbers on the CPU, where the kernels are tested, are looked through as its own kernels do.
+  if (!on.is_cuda()) check_finite(queries, op);
+  const auto codes = searched_codes(codes_view, (queries.cols + 7) / 8, op, on);
+  const auto* live = column<uint8_t>(mask, op, "mask", DType::boolean, codes.rows, on);
+  const int64_t k = listed_k(values, op);
+  expect_output(values, op, "values", DType::f32, {queries.rows, k}, on);
+  expect_output(out_ids, op, "ids", DType::i64, {queries.rows, k}, on);
+  const int64_t bytes = cuda::topk_score_scratch(queries.rows, codes.rows, k);
+  cuda::topk_score(stream_of(on, stream), queries, codes, live, k, static_cast<float*>(values.data),
+                   static_cast<int64_t*>(out_ids.data), scratch_of(scratch, op, bytes, on));
+}
+
+// The two passes of a range search: `indptr` for the first, `values` and `ids` for the second.
+void py_range_cuda(const TensorView& queries, const TensorView& codes_view, const Optional& mask,
+                   const std::string& metric_name, double radius, const Optional& indptr,
+                   const Optional& values, const Optional& ids, const Optional& scratch,
+                   uintptr_t stream_number) {
+  constexpr const char* op = "hamming.range_search";
+  const Metric metric = metric_from(metric_name, op);
+  const Device on = device_of(queries);
+  expect_cuda(on, op);
+  const Matrix<const uint8_t> q = codes_of(queries, op, "queries", on);
+  const Matrix<const uint8_t> codes = searched_codes(codes_view, q.cols, op, on);
+  const auto* live = column<uint8_t>(mask, op, "mask", DType::boolean, codes.rows, on);
+  const uint32_t limit = radius_limit(metric, radius);
+  const CudaStream stream = stream_of(on, stream_number);
+  void* memory = scratch_of(scratch, op, cuda::range_scratch(q.rows, codes.rows), on);
+  if (indptr) {
+    expect_output(*indptr, op, "indptr", DType::i64, {q.rows + 1}, on);
+    return cuda::range_count(stream, q, codes, live, metric, limit,
+                             static_cast<int64_t*>(indptr->data), memory);
+  }
+  if (!values || !ids) bad_value(op, "there is neither indptr nor values with ids");
+  const int64_t total = values->rank == 1 ? values->shape[0] : 0;
+  expect_output(*values, op, "values", value_type(metric), {total}, on);
+  expect_output(*ids, op, "ids", DType::i64, {total}, on);
+  cuda::range_write(stream, q, codes, live, metric, limit, total, values->data,
+                    static_cast<int64_t*>(ids->data), memory);
+}
+
+// --- On the CPU, over row-major codes or blocks ------------------------------------------------------
 
 void py_topk(const TensorView& queries, const TensorView& database_view, int64_t rows,
              const Optional& ones, const Optional& mask, const Optional& ids,
@@ -270,11 +362,6 @@ std::unique_ptr<RangeResult> py_range(const TensorView& queries, const TensorVie
       q, database, ranges_of(offsets, begin, end, q.rows, database, op), metric, radius);
 }
 
-Matrix<const float> floats_of(const TensorView& x, const char* op, Device on = {}) {
-  expect(x, op, "x", {DType::f32}, 2, on);
-  return matrix<const float>(x);
-}
-
 void py_score(const TensorView& x, const TensorView& codes, const TensorView& out,
               uintptr_t stream) {
   constexpr const char* op = "hamming.score";
@@ -297,10 +384,7 @@ void py_topk_score(const TensorView& x, const TensorView& database_view, int64_t
   if (queries.cols < 1) bad_value(op, "x has no columns");
   const Database database = database_of(database_view, rows, std::nullopt, mask, ids,
                                         (queries.cols + 7) / 8, Metric::hamming, op);
-  for (int64_t i = 0; i < queries.rows; ++i)
-    for (int64_t j = 0; j < queries.cols; ++j)
-      if (!std::isfinite(queries.row(i)[j * queries.col_stride]))
-        bad_value(op, "row " + std::to_string(i) + " of x holds a NaN or an infinity");
+  check_finite(queries, op);
   const int64_t k = values.rank == 2 ? values.shape[1] : 0;
   expect_output(values, op, "values", DType::f32, {queries.rows, k});
   expect_output(out_ids, op, "ids", DType::i64, {queries.rows, k});
@@ -375,44 +459,59 @@ void py_from_blocks(const TensorView& blocks, int64_t rows, const TensorView& po
   from_blocks(source, p, count, matrix<uint8_t>(out));
 }
 
-const int64_t* candidates_of(const TensorView& candidates, int64_t nq, int64_t rows,
-                             const char* op) {
-  expect(candidates, op, "candidates", {DType::i64}, 2);
+// On a device a kernel passes over what is no row.
+const int64_t* candidates_of(const TensorView& candidates, int64_t nq, int64_t rows, const char* op,
+                             Device on) {
+  expect(candidates, op, "candidates", {DType::i64}, 2, on);
   const int64_t c = candidates.shape[1];
   if (candidates.shape[0] != nq || !is_contiguous(candidates))
     bad_value(op, "candidates have shape " + shape_text(candidates) + ", expected contiguous (" +
                       std::to_string(nq) + ", c)");
   const int64_t* p = static_cast<const int64_t*>(candidates.data);
-  check_positions(p, nq * c, rows, std::numeric_limits<int64_t>::min(), op, "candidates");
+  if (!on.is_cuda())
+    check_positions(p, nq * c, rows, std::numeric_limits<int64_t>::min(), op, "candidates");
   return p;
 }
 
-void py_score_candidates(const TensorView& x, const TensorView& blocks, int64_t rows,
-                         const TensorView& candidates, const TensorView& out) {
+// Of blocks (n, words, 32) with `rows` rows, or for a CUDA kernel of row-major codes (rows, bytes).
+void py_score_candidates(const TensorView& x, const TensorView& database, int64_t rows,
+                         const TensorView& candidates, const TensorView& out, uintptr_t stream) {
   constexpr const char* op = "hamming.score_candidates";
-  const Matrix<const float> queries = floats_of(x, op);
-  const Blocks source = blocks_of(blocks, rows, op);
-  if (words_for((queries.cols + 7) / 8) != source.words) bad_value(op, "x does not fit the blocks");
-  const int64_t* p = candidates_of(candidates, queries.rows, rows, op);
-  expect_output(out, op, "out", DType::f32, {queries.rows, candidates.shape[1]});
-  score_candidates(queries, source, p, candidates.shape[1], static_cast<float*>(out.data));
+  const Device on = device_of(x);
+  const Matrix<const float> queries = floats_of(x, op, on);
+  const auto* p = candidates_of(candidates, queries.rows, rows, op, on);
+  const int64_t bytes = (queries.cols + 7) / 8, c = candidates.shape[1];
+  expect_output(out, op, "out", DType::f32, {queries.rows, c}, on);
+  auto* scores = static_cast<float*>(out.data);
+  if (runs_cuda(on, database.rank == 2, op, "blocks")) {
+    const Matrix<const uint8_t> codes = codes_of(database, op, "codes", on);
+    if (codes.cols != bytes || codes.rows != rows) bad_value(op, "x does not fit the codes");
+    return cuda::score_candidates(stream_of(on, stream), queries, codes, p, c, scores);
+  }
+  const Blocks source = blocks_of(database, rows, op);
+  if (words_for(bytes) != source.words) bad_value(op, "x does not fit the blocks");
+  score_candidates(queries, source, p, c, scores);
 }
 
 void py_dot_candidates(const TensorView& x, const TensorView& vectors, const Optional& scale,
-                       const TensorView& candidates, const TensorView& out) {
+                       const TensorView& candidates, const TensorView& out, uintptr_t stream) {
   constexpr const char* op = "hamming.dot_candidates";
-  const Matrix<const float> queries = floats_of(x, op);
-  expect(vectors, op, "vectors", {DType::i8, DType::f16}, 2);
-  const int64_t rows = vectors.shape[0], dim = vectors.shape[1];
+  const Device on = device_of(x);
+  const Matrix<const float> queries = floats_of(x, op, on);
+  expect(vectors, op, "vectors", {DType::i8, DType::f16}, 2, on);
+  const int64_t rows = vectors.shape[0], dim = vectors.shape[1], c = candidates.shape[1];
   if (dim != queries.cols || !is_contiguous(vectors))
     bad_value(op, "vectors have shape " + shape_text(vectors) + ", expected contiguous (n, " +
                       std::to_string(queries.cols) + ")");
-  const float* scales = column<float>(scale, op, "scale", DType::f32, rows);
+  const float* scales = column<float>(scale, op, "scale", DType::f32, rows, on);
   if (vectors.dtype == DType::i8 && !scales) bad_value(op, "int8 vectors need a scale");
-  const int64_t* p = candidates_of(candidates, queries.rows, rows, op);
-  expect_output(out, op, "out", DType::f32, {queries.rows, candidates.shape[1]});
-  dot_candidates(queries, vectors.data, vectors.dtype, scales, p, candidates.shape[1],
-                 static_cast<float*>(out.data));
+  const auto* p = candidates_of(candidates, queries.rows, rows, op, on);
+  expect_output(out, op, "out", DType::f32, {queries.rows, c}, on);
+  auto* scores = static_cast<float*>(out.data);
+  if (runs_cuda(on))
+    cuda::dot_candidates(stream_of(on, stream), queries, vectors.data, vectors.dtype, scales, rows,
+                         p, c, scores);
+  else dot_candidates(queries, vectors.data, vectors.dtype, scales, p, c, scores);
 }
 
 }  // namespace
@@ -423,28 +522,35 @@ void bind_hamming(py::module_& m) {
   m.attr("hamming_max_bytes") = kMaxBytes;
   m.def("hamming_words", [](int64_t bytes) { return words_for(bytes); });
 
-  m.def("hamming_pack", &py_pack, release);
-  m.def("hamming_unpack", &py_unpack, release);
-  m.def("hamming_permute", &py_permute, release);
   const auto no_scratch = py::arg("scratch") = py::none(), default_stream = py::arg("stream") = 0;
-  m.def("hamming_distance", &py_distance, py::arg("a"), py::arg("b"), py::arg("metric"),
-        py::arg("out"), no_scratch, default_stream, release);
+  const auto codes = py::arg("codes"), dim = py::arg("dim"), out = py::arg("out"), x = py::arg("x"),
+             candidates = py::arg("candidates");
+  m.def("hamming_pack", &py_pack, x, py::arg("threshold"), out, default_stream, release);
+  m.def("hamming_unpack", &py_unpack, codes, dim, out, default_stream, release);
+  m.def("hamming_permute", &py_permute, codes, dim, py::arg("shift"), out, default_stream, release);
+  m.def("hamming_distance", &py_distance, py::arg("a"), py::arg("b"), py::arg("metric"), out,
+        no_scratch, default_stream, release);
   m.def("hamming_topk", &py_topk, release);
   m.def("hamming_topk_cuda", &py_topk_cuda, release);
+  m.def("hamming_topk_score_cuda", &py_topk_score_cuda, release);
+  m.def("hamming_range_cuda", &py_range_cuda, release);
   m.attr("hamming_cuda_max_k") = cuda::kMaxK;
   m.def("hamming_distance_scratch", &cuda::distance_scratch);
   m.def("hamming_topk_scratch", &cuda::topk_scratch);
+  m.def("hamming_topk_score_scratch", &cuda::topk_score_scratch);
+  m.def("hamming_range_scratch", &cuda::range_scratch);
   m.def("hamming_weighted_sum_scratch", &cuda::weighted_sum_scratch);
   m.def("hamming_range", &py_range, release);
-  m.def("hamming_score", &py_score, py::arg("x"), py::arg("codes"), py::arg("out"), default_stream,
-        release);
+  m.def("hamming_score", &py_score, x, codes, out, default_stream, release);
   m.def("hamming_topk_score", &py_topk_score, release);
-  m.def("hamming_weighted_sum", &py_weighted_sum, py::arg("weights"), py::arg("codes"),
-        py::arg("dim"), py::arg("out"), no_scratch, default_stream, release);
+  m.def("hamming_weighted_sum", &py_weighted_sum, py::arg("weights"), codes, dim, out, no_scratch,
+        default_stream, release);
   m.def("hamming_to_blocks", &py_to_blocks, release);
   m.def("hamming_from_blocks", &py_from_blocks, release);
-  m.def("hamming_score_candidates", &py_score_candidates, release);
-  m.def("hamming_dot_candidates", &py_dot_candidates, release);
+  m.def("hamming_score_candidates", &py_score_candidates, x, py::arg("database"), py::arg("rows"),
+        candidates, out, default_stream, release);
+  m.def("hamming_dot_candidates", &py_dot_candidates, x, py::arg("vectors"), py::arg("scale"),
+        candidates, out, default_stream, release);
 
   py::class_<RangeResult>(m, "HammingRange")
       .def_property_readonly("total", &RangeResult::total)

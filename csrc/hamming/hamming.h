@@ -92,6 +92,10 @@ void topk(const Matrix<const uint8_t>& queries, const Database& database, Metric
 void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,
                  const Ranges& ranges, Metric metric, int64_t k, void* values, int64_t* ids);
 
+// Sort keys (common/topk.h) of what lies within the radius are smaller: of distances the distance
+// itself, of common ones 65534 less them, of jaccard key_from_float.
+uint32_t radius_limit(Metric metric, double radius);
+
 class Hits;
 
 // Everything at distance <= radius (intersection: >= radius), ids rising in each query's run.

@@ -31,10 +31,45 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
           const Matrix<const uint8_t>& codes, const uint8_t* mask, Metric metric, int64_t k,
           void* values, int64_t* ids, void* scratch, Product product = Product::of_device);
 
+// In two steps, as the caller has to know how much there is: what lies under `limit` (radius_limit)
+// is counted into indptr (queries + 1), then values and ids (total = indptr[queries]) are written,
+// ids rising in each query's run. Both take the same arguments and the same scratch memory.
+int64_t range_scratch(int64_t queries, int64_t rows);
+void range_count(const CudaStream& stream, const Matrix<const uint8_t>& queries,
+                 const Matrix<const uint8_t>& codes, const uint8_t* mask, Metric metric,
+                 uint32_t limit, int64_t* indptr, void* scratch,
+                 Product product = Product::of_device);
+void range_write(const CudaStream& stream, const Matrix<const uint8_t>& queries,
+                 const Matrix<const uint8_t>& codes, const uint8_t* mask, Metric metric,
+                 uint32_t limit, int64_t total, void* values, int64_t* ids, void* scratch,
+                 Product product = Product::of_device);
+
 void score(const CudaStream& stream, const Matrix<const float>& x,
            const Matrix<const uint8_t>& codes, float* out);
+// k <= kMaxK, codes.rows <= kMaxRows; mask may be null. The scores of NaNs come first.
+int64_t topk_score_scratch(int64_t queries, int64_t rows, int64_t k);
+void topk_score(const CudaStream& stream, const Matrix<const float>& x,
+                const Matrix<const uint8_t>& codes, const uint8_t* mask, int64_t k, float* values,
+                int64_t* ids, void* scratch);
+
+// candidates (x.rows, c) -> out (x.rows, c); what is no row scores -inf.
+void score_candidates(const CudaStream& stream, const Matrix<const float>& x,
+                      const Matrix<const uint8_t>& codes, const int64_t* candidates, int64_t c,
+                      float* out);
+// vectors (n, x.cols) int8 or float16; scale (n) or null.
+void dot_candidates(const CudaStream& stream, const Matrix<const float>& x, const void* vectors,
+                    DType dtype, const float* scale, int64_t n, const int64_t* candidates,
+                    int64_t c, float* out);
 
 int64_t weighted_sum_scratch(int64_t batch, int64_t nq, int64_t n, int64_t dim);
 void weighted_sum(const CudaStream& stream, const WeightedSum& in, float* out, void* scratch);
+
+// Arrays of any rank and strides; the results are contiguous. *nan, unless it is null, becomes 1
+// where x holds one.
+void pack(const CudaStream& stream, const TensorView& x, double threshold, uint8_t* codes,
+          int32_t* nan);
+void unpack(const CudaStream& stream, const TensorView& codes, int64_t dim, DType dtype, void* out);
+void permute(const CudaStream& stream, const TensorView& codes, int64_t dim, int64_t shift,
+             uint8_t* out);
 
 }  // namespace pentad::hamming::cuda

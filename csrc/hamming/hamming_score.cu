@@ -1,78 +1,75 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float queries by bits, and the transpose.
-#include "hamming/hamming_codes.cuh"
+// Float queries by bits, of all rows or of some; and the transpose.
+#include "hamming/hamming_score.cuh"
 
 namespace pentad::hamming::cuda {
 namespace {
 
 // --- score ------------------------------------------------------------------------------------------
 
-constexpr int kScoreLanes = 256;
 constexpr int kScoreQueries = 2;  // of a block: their tables are 32 KB of shared memory
 constexpr int kScoreRows = 4;     // of a lane
-constexpr int kScoreBytes = 128;  // of the rows, between two fillings of the tables
 constexpr int kRowsOfBlock = kScoreLanes * kScoreRows;
 
 // x (nq, dim) float32, codes (n, bytes) -> out (nq, n).
-// Limit: shared memory, one load of a table per four dimensions of a pair. The 16 entries of a table
-// lie in 16 banks, and the lanes of a warp read one table, so there are no conflicts.
+// Limit: shared memory (add_scores).
 __global__ void __launch_bounds__(kScoreLanes)
     score_kernel(Matrix<const float> x, Codes codes, int64_t row_blocks, float* out) {
-  const int tid = static_cast<int>(threadIdx.x);
   const int64_t q_first = blockIdx.x / row_blocks * kScoreQueries;
-  const int64_t row_first = blockIdx.x % row_blocks * kRowsOfBlock + tid;
+  int64_t rows[kScoreRows];
+  for (int r = 0; r < kScoreRows; ++r)
+    rows[r] = blockIdx.x % row_blocks * kRowsOfBlock + r * kScoreLanes + threadIdx.x;
   Shared shared;
-  // [query][nibble][16]: the sum of four terms +-x, as the CPU's tables have it.
-  auto* tables = shared.take<float[2 * kScoreBytes][16]>(kScoreQueries);
   float sums[kScoreQueries][kScoreRows] = {};
-  for (int byte = 0; byte < codes.bytes; byte += kScoreBytes) {
-    for (int i = tid; i < kScoreQueries * 2 * kScoreBytes; i += kScoreLanes) {
-      const int q = i / (2 * kScoreBytes), nibble = i % (2 * kScoreBytes);
-      // A byte's low nibble, its later dimensions, comes first.
-      const int64_t dim = (byte + nibble / 2) * int64_t{8} + (nibble % 2 ? 0 : 4);
-      float term[4];
-      for (int j = 0; j < 4; ++j)
-        term[j] = dim + j < x.cols && q_first + q < x.rows
-                      ? x.data[(q_first + q) * x.row_stride + (dim + j) * x.col_stride]
-                      : 0.0f;
-      for (int v = 0; v < 16; ++v) {
-        float sum = v & 8 ? term[0] : -term[0];
-        sum += v & 4 ? term[1] : -term[1];
-        sum += v & 2 ? term[2] : -term[2];
-        sum += v & 1 ? term[3] : -term[3];
-        tables[q][nibble][v] = sum;
-      }
-    }
-    __syncthreads();
-    for (int p = 0; p < kScoreBytes / 16 && byte + p * 16 < codes.bytes; ++p) {
-      uint4 pieces[kScoreRows];
-#pragma unroll
-      for (int r = 0; r < kScoreRows; ++r)
-        pieces[r] = codes.piece(row_first + r * kScoreLanes, byte / 16 + p);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-#pragma unroll
-        for (int r = 0; r < kScoreRows; ++r) {
-          const uint4& piece = pieces[r];
-          const uint32_t word = w == 0 ? piece.x : w == 1 ? piece.y : w == 2 ? piece.z : piece.w;
-#pragma unroll
-          for (int nibble = 0; nibble < 8; ++nibble)
-#pragma unroll
-            for (int q = 0; q < kScoreQueries; ++q)
-              sums[q][r] += tables[q][p * 32 + w * 8 + nibble][word >> (4 * nibble) & 15];
-        }
-      }
-    }
-    __syncthreads();
-  }
+  add_scores(x, q_first, codes, rows, shared.take<ScoreTable>(kScoreQueries), false, sums);
 #pragma unroll
   for (int q = 0; q < kScoreQueries; ++q)
 #pragma unroll
-    for (int r = 0; r < kScoreRows; ++r) {
-      const int64_t row = row_first + r * kScoreLanes;
-      if (q_first + q < x.rows && row < codes.rows)
-        out[(q_first + q) * codes.rows + row] = sums[q][r];
-    }
+    for (int r = 0; r < kScoreRows; ++r)
+      if (q_first + q < x.rows && rows[r] < codes.rows)
+        out[(q_first + q) * codes.rows + rows[r]] = sums[q][r];
+}
+
+// --- score_candidates, dot_candidates ---------------------------------------------------------------
+
+// x (nq, dim), codes (n, bytes), candidates (nq, c): rows, or -1 -> out (nq, c).
+// Limit: memory, rows that lie apart.
+__global__ void __launch_bounds__(kScoreLanes)
+    score_candidates_kernel(Matrix<const float> x, Codes codes, const int64_t* candidates,
+                            int64_t c, int64_t c_blocks, float* out) {
+  const int64_t q = blockIdx.x / c_blocks, i = blockIdx.x % c_blocks * kScoreLanes + threadIdx.x;
+  const int64_t row = i < c ? candidates[q * c + i] : -1;
+  const bool known = row >= 0 && row < codes.rows;
+  const int64_t rows[1] = {known ? row : codes.rows};
+  Shared shared;
+  float sums[1][1] = {};
+  add_scores(x, q, codes, rows, shared.take<ScoreTable>(1), false, sums);
+  if (i < c) out[q * c + i] = known ? sums[0][0] : -__uint_as_float(0x7f800000u);
+}
+
+__device__ inline float wide(int8_t x) { return x; }
+__device__ inline float wide(__half x) { return __half2float(x); }
+
+// x (nq, dim), vectors (n, dim), scale (n) or null, candidates (nq, c) -> out (nq, c).
+// Limit: memory, rows that lie apart. A warp has a candidate.
+template <class T>
+__global__ void __launch_bounds__(kScoreLanes)
+    dot_candidates_kernel(Matrix<const float> x, const T* vectors, const float* scale, int64_t n,
+                          const int64_t* candidates, int64_t c, float* out) {
+  const int64_t i = (int64_t{blockIdx.x} * kScoreLanes + threadIdx.x) / 32;
+  if (i >= x.rows * c) return;
+  const int64_t row = candidates[i];
+  if (row < 0 || row >= n) {
+    if (lane_of_warp() == 0) out[i] = -__uint_as_float(0x7f800000u);
+    return;
+  }
+  const float* query = x.data + i / c * x.row_stride;
+  float sum = 0;
+#pragma unroll 4
+  for (int64_t j = lane_of_warp(); j < x.cols; j += 32)
+    sum += query[j * x.col_stride] * wide(vectors[row * x.cols + j]);
+  for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(kFullWarp, sum, by);
+  if (lane_of_warp() == 0) out[i] = scale ? sum * scale[row] : sum;
 }
 
 // --- weighted_sum -----------------------------------------------------------------------------------
@@ -152,8 +149,31 @@ void score(const CudaStream& stream, const Matrix<const float>& x,
   if (x.rows == 0 || codes.rows == 0) return;
   const int64_t row_blocks = ceil_div(codes.rows, kRowsOfBlock);
   const Grid grid{blocks_of(row_blocks * ceil_div(x.rows, kScoreQueries)), kScoreLanes,
-                  shared_bytes<float[2 * kScoreBytes][16]>(kScoreQueries)};
+                  shared_bytes<ScoreTable>(kScoreQueries)};
   launch(stream, "hamming: score", score_kernel, grid, x, Codes(codes), row_blocks, out);
+}
+
+void score_candidates(const CudaStream& stream, const Matrix<const float>& x,
+                      const Matrix<const uint8_t>& codes, const int64_t* candidates, int64_t c,
+                      float* out) {
+  if (x.rows * c == 0) return;
+  const int64_t c_blocks = ceil_div(c, kScoreLanes);
+  const Grid grid{blocks_of(x.rows * c_blocks), kScoreLanes, shared_bytes<ScoreTable>(1)};
+  launch(stream, "hamming: score_candidates", score_candidates_kernel, grid, x, Codes(codes),
+         candidates, c, c_blocks, out);
+}
+
+void dot_candidates(const CudaStream& stream, const Matrix<const float>& x, const void* vectors,
+                    DType dtype, const float* scale, int64_t n, const int64_t* candidates,
+                    int64_t c, float* out) {
+  if (x.rows * c == 0) return;
+  const Grid grid{blocks_of(ceil_div(x.rows * c * 32, kScoreLanes)), kScoreLanes};
+  if (dtype == DType::i8)
+    launch(stream, "hamming: dot_candidates", dot_candidates_kernel<int8_t>, grid, x,
+           static_cast<const int8_t*>(vectors), scale, n, candidates, c, out);
+  else
+    launch(stream, "hamming: dot_candidates", dot_candidates_kernel<__half>, grid, x,
+           static_cast<const __half*>(vectors), scale, n, candidates, c, out);
 }
 
 int64_t weighted_sum_scratch(int64_t batch, int64_t nq, int64_t n, int64_t dim) {

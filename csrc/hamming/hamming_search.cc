@@ -199,9 +199,6 @@ void topk_ranges(const Matrix<const uint8_t>& queries, const Database& database,
 
 // --- Range search --------------------------------------------------------------------------------
 
-namespace {
-
-// Keys under this limit are within the radius.
 uint32_t radius_limit(Metric metric, double radius) {
   if (std::isnan(radius)) return 0;
   switch (metric) {
@@ -218,8 +215,6 @@ uint32_t radius_limit(Metric metric, double radius) {
     }
   }
 }
-
-}  // namespace
 
 void RangeResult::collect(const Matrix<const uint8_t>& queries, const Database& database,
                           const Ranges* ranges, double radius) {

@@ -2,61 +2,25 @@
 // The k nearest codes. Blocks take slices of the rows and keep k hits per query in shared memory
 // (common/topk.cuh); then kernels merge the lists of a query. Few queries: the lanes read each row
 // once, side by side (topk_scan). Many: the tile program, whose product tensor cores have.
+#include "hamming/hamming_lists.cuh"
 #include "hamming/hamming_tile.cuh"
 
 namespace pentad::hamming::cuda {
 namespace {
 
-constexpr int kLanes = 256;          // of a block that scans or merges
-constexpr int kScanStep = 256;       // rows between two looks at the lists
-constexpr int kScanQueries = 4;      // that share one pass over the rows
-constexpr int64_t kFewQueries = 8;   // up to which memory is the limit
-constexpr int64_t kTileMaxK = 192;   // 32 lists of 256 hits are 64 KB of shared memory
-constexpr int64_t kScanMaxK = 1024;  // of four queries, likewise
-constexpr int64_t kMergeHits = 8192;
-constexpr int64_t kBlocks = 1024;      // that keep a device busy
-constexpr int64_t kSliceRows = 1024;   // at least
-constexpr int64_t kSliceHits = 65536;  // of all slices of a query, at most
+constexpr int kLanes = 256;           // of a block that scans or merges
+constexpr int kScanStep = 256;        // rows between two looks at the lists
+constexpr int kScanQueries = 4;       // that share one pass over the rows
+constexpr int64_t kFewQueries = 8;    // up to which memory is the limit
+constexpr int64_t kTileMaxK = 192;    // 32 lists of 256 hits are 64 KB of shared memory
+constexpr int64_t kScanMaxK = 1024;   // of four queries, likewise
+constexpr int64_t kBlocks = 1024;     // that keep a device busy
+constexpr int64_t kSliceRows = 1024;  // at least
 
-struct Search {
-  Codes queries, codes;
-  const uint8_t* mask;  // (codes.rows) or null
+struct CodeSearch : Search {
+  Codes queries;
   Metric metric;
-  int k, capacity;
-  int64_t slices, slice_rows;
-  uint64_t* lists;  // (queries, slices, k), each rising
-
-  __device__ bool may_return(int64_t row, int64_t last) const {
-    return row < last && (!mask || mask[row]);
-  }
 };
-
-// The lists of a block's queries.
-struct Lists {
-  uint64_t *hits, *limits;
-  int* counts;
-
-  __device__ Lists(Shared& shared, int queries, int capacity)
-      : hits(shared.take<uint64_t>(int64_t{queries} * capacity)),
-        limits(shared.take<uint64_t>(queries)),
-        counts(shared.take<int>(queries)) {}
-  static size_t bytes(int queries, int capacity) {
-    return shared_bytes<uint64_t>(int64_t{queries} * capacity) + shared_bytes<uint64_t>(queries) +
-           shared_bytes<int>(queries);
-  }
-  __device__ HitList list(const Search& in, int query) const {
-    return {hits + int64_t{query} * in.capacity, counts + query, limits + query, in.capacity, in.k};
-  }
-};
-
-template <class Group>
-__device__ void write_list(const Group& group, const HitList& list, const Search& in, int64_t query,
-                           int64_t slice) {
-  list.shrink(group);
-  if (query >= in.queries.rows) return;
-  uint64_t* out = in.lists + (query * in.slices + slice) * in.k;
-  for (int i = group.rank(); i < in.k; i += group.size()) out[i] = list.hits[i];
-}
 
 // |x xor q| where differ is all ones, |x and q| where it is 0: one logic operation and one popcount.
 __device__ inline int count_of(const uint4& x, const uint4& q, uint32_t differ) {
@@ -70,7 +34,7 @@ __device__ inline int count_of(const uint4& x, const uint4& q, uint32_t differ) 
 // Limit: memory. `row_lanes` lanes share a row, 16 bytes each, so a warp reads whole lines; the
 // words of the block's queries stay in shared memory.
 template <int kQueries>
-__global__ void __launch_bounds__(kLanes) topk_scan(Search in, int row_lanes) {
+__global__ void __launch_bounds__(kLanes) topk_scan(CodeSearch in, int row_lanes) {
   const int tid = static_cast<int>(threadIdx.x);
   const int padded = (in.codes.pieces() + row_lanes - 1) / row_lanes * row_lanes;
   const int64_t slice = blockIdx.x % in.slices, q_first = blockIdx.x / in.slices * kQueries;
@@ -133,7 +97,7 @@ __global__ void __launch_bounds__(kLanes) topk_scan(Search in, int row_lanes) {
 // Limit: the product of bits. A warp looks after every fourth of the block's 32 lists.
 template <bool kTensor>
 __global__ void __launch_bounds__(kTileLanes)
-    topk_tiles(Search in, const int32_t* query_ones, const int32_t* code_ones) {
+    topk_tiles(CodeSearch in, const int32_t* query_ones, const int32_t* code_ones) {
   const int64_t slice = blockIdx.x % in.slices, q_first = blockIdx.x / in.slices * kTileA;
   Shared shared;
   auto* buffers = shared.take<uint32_t[kPitch]>(2 * kTileRows);
@@ -165,65 +129,20 @@ __global__ void __launch_bounds__(kTileLanes)
     write_list(WholeWarp(), lists.list(in, q), in, q_first + q, slice);
 }
 
-// A hit as the caller sees it, at [at] of values and ids.
-__device__ void write_hit(Metric metric, uint64_t hit, void* values, int64_t* ids, int64_t at) {
-  const bool none = hit == kNoHit;
-  const auto key = static_cast<uint32_t>(hit >> 32);
-  ids[at] = none ? -1 : static_cast<int64_t>(hit & 0xffffffffu);
-  if (metric == Metric::jaccard)
-    static_cast<float*>(values)[at] =
-        none ? __uint_as_float(0x7f800000u) : device_float_from_key(key);
-  else if (metric == Metric::hamming)
-    static_cast<int32_t*>(values)[at] = none ? 0x7fffffff : static_cast<int32_t>(key);
-  else static_cast<int32_t*>(values)[at] = none ? -1 : 65534 - static_cast<int32_t>(key);
-}
-
-struct Merge {
-  const uint64_t* lists;  // (queries, count, k)
-  int64_t count;
-  int k, fan, capacity;  // lists that a block merges, and room for them
-  uint64_t* out;         // (queries, ceil(count / fan), k), or null: then the results
-  Metric metric;
-  void* values;
-  int64_t* ids;
-};
-
-// lists (queries, count, k) -> (queries, ceil(count / fan), k), or values and ids (queries, k).
-// Limit: latency, the barriers of the sort.
-__global__ void __launch_bounds__(kLanes) merge_lists(Merge in) {
-  const int64_t groups = (in.count + in.fan - 1) / in.fan;
-  const int64_t query = blockIdx.x / groups, first = blockIdx.x % groups * in.fan;
-  const int64_t lists = min(int64_t{in.fan}, in.count - first);
-  Shared shared;
-  uint64_t* hits = shared.take<uint64_t>(in.capacity);
-  const uint64_t* from = in.lists + (query * in.count + first) * in.k;
-  for (int i = static_cast<int>(threadIdx.x); i < in.capacity; i += kLanes)
-    hits[i] = i < lists * in.k ? from[i] : kNoHit;
-  sort_hits(WholeBlock(), hits, in.capacity);
-  for (int i = static_cast<int>(threadIdx.x); i < in.k; i += kLanes) {
-    if (in.out) in.out[int64_t{blockIdx.x} * in.k + i] = hits[i];
-    else write_hit(in.metric, hits[i], in.values, in.ids, query * in.k + i);
-  }
-}
-
 // How a search is cut; the results do not depend on it.
 struct Plan {
   bool tiles;
   int block_queries, capacity;
   int64_t query_blocks, slices, slice_rows;
-  int fan;
-  int64_t merged;  // lists of a query after one merge
 
   Plan(int64_t nq, int64_t rows, int64_t k) {
     tiles = nq > kFewQueries && k <= kTileMaxK;
     block_queries = tiles ? kTileA : nq == 1 || k > kScanMaxK ? 1 : kScanQueries;
     capacity = power_of_two_from(k + (tiles ? kTileB : kScanStep));
     query_blocks = ceil_div(nq, block_queries);
-    slices = min(kBlocks / query_blocks, min(kSliceHits / k, ceil_div(rows, kSliceRows)));
+    slices = min(kBlocks / query_blocks, min(kMostHits / k, ceil_div(rows, kSliceRows)));
     slice_rows = ceil_div(ceil_div(rows, max(slices, int64_t{1})), kScanStep) * kScanStep;
     slices = slice_rows ? max(int64_t{1}, ceil_div(rows, slice_rows)) : 1;
-    fan = static_cast<int>(min(slices, max(int64_t{2}, kMergeHits / k)));
-    merged = ceil_div(slices, fan);
   }
 };
 
@@ -232,7 +151,7 @@ struct Plan {
 int64_t topk_scratch(int64_t nq, int64_t rows, int64_t k) {
   if (nq == 0 || k == 0) return 0;
   const Plan plan(nq, rows, k);
-  return nq * (plan.slices + plan.merged) * k * 8 + (plan.tiles ? (nq + rows) * 4 : 0);
+  return lists_scratch(nq, plan.slices, k) + (plan.tiles ? (nq + rows) * 4 : 0);
 }
 
 void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
@@ -241,14 +160,15 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
   const int64_t nq = queries.rows;
   if (nq == 0 || k == 0) return;
   const Plan plan(nq, codes.rows, k);
-  auto* lists = static_cast<uint64_t*>(scratch);
-  uint64_t* merged = lists + nq * plan.slices * k;
-  const Search in{Codes(queries), Codes(codes),    mask, metric, static_cast<int>(k), plan.capacity,
-                  plan.slices,    plan.slice_rows, lists};
+  const CodeSearch in{{Codes(codes), mask, nq, static_cast<int>(k), plan.capacity, plan.slices,
+                       plan.slice_rows, static_cast<uint64_t*>(scratch)},
+                      Codes(queries),
+                      metric};
   Grid grid{blocks_of(plan.query_blocks * plan.slices), kLanes,
             Lists::bytes(plan.block_queries, plan.capacity)};
   if (plan.tiles) {
-    auto* query_ones = reinterpret_cast<int32_t*>(merged + nq * plan.merged * k);
+    auto* query_ones =
+        reinterpret_cast<int32_t*>(static_cast<char*>(scratch) + lists_scratch(nq, plan.slices, k));
     int32_t* code_ones = query_ones + nq;
     count_ones(stream, in.queries, query_ones);
     if (codes.rows) count_ones(stream, in.codes, code_ones);
@@ -266,19 +186,10 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
     launch(stream, "hamming: topk_scan",
            plan.block_queries == 1 ? topk_scan<1> : topk_scan<kScanQueries>, grid, in, row_lanes);
   }
-  for (int64_t count = plan.slices;; count = ceil_div(count, plan.fan)) {
-    const int64_t groups = ceil_div(count, plan.fan);
-    const int capacity = power_of_two_from(min(count, int64_t{plan.fan}) * k);
-    const Merge merge{lists,    count,    static_cast<int>(k),
-                      plan.fan, capacity, groups > 1 ? merged : nullptr,
-                      metric,   values,   ids};
-    launch(stream, "hamming: merge_lists", merge_lists,
-           Grid{blocks_of(nq * groups), kLanes, shared_bytes<uint64_t>(capacity)}, merge);
-    if (groups == 1) return;
-    uint64_t* written = merged;
-    merged = lists;
-    lists = written;
-  }
+  const Value value = metric == Metric::hamming   ? Value::distance
+                      : metric == Metric::jaccard ? Value::jaccard
+                                                  : Value::common_ones;
+  merge_lists(stream, in, {value, values, ids});
 }
 
 }  // namespace pentad::hamming::cuda

@@ -118,9 +118,9 @@ def attention_append(
     block_table: Array | None,
 ) -> None: ...
 def hamming_words(bytes: int) -> int: ...
-def hamming_pack(x: Array, threshold: float, out: Array) -> None: ...
-def hamming_unpack(codes: Array, dim: int, out: Array) -> None: ...
-def hamming_permute(codes: Array, dim: int, shift: int, out: Array) -> None: ...
+def hamming_pack(x: Array, threshold: float, out: Array, stream: int = 0) -> None: ...
+def hamming_unpack(codes: Array, dim: int, out: Array, stream: int = 0) -> None: ...
+def hamming_permute(codes: Array, dim: int, shift: int, out: Array, stream: int = 0) -> None: ...
 def hamming_distance(
     a: Array, b: Array, metric: str, out: Array, scratch: Array | None = None, stream: int = 0
 ) -> None: ...
@@ -163,6 +163,19 @@ def hamming_range(
     metric: str,
     radius: float,
 ) -> HammingRange: ...
+def hamming_range_cuda(
+    queries: Array,
+    codes: Array,
+    mask: Array | None,
+    metric: str,
+    radius: float,
+    indptr: Array | None,
+    values: Array | None,
+    ids: Array | None,
+    scratch: Array | None,
+    stream: int,
+) -> None: ...
+def hamming_range_scratch(queries: int, rows: int) -> int: ...
 def hamming_score(x: Array, codes: Array, out: Array, stream: int = 0) -> None: ...
 def hamming_topk_score(
     x: Array,
@@ -173,6 +186,16 @@ def hamming_topk_score(
     values: Array,
     out_ids: Array,
 ) -> None: ...
+def hamming_topk_score_cuda(
+    x: Array,
+    codes: Array,
+    mask: Array | None,
+    values: Array,
+    out_ids: Array,
+    scratch: Array | None,
+    stream: int,
+) -> None: ...
+def hamming_topk_score_scratch(queries: int, rows: int, k: int) -> int: ...
 def hamming_weighted_sum(
     weights: Array,
     codes: Array,
@@ -185,10 +208,15 @@ def hamming_weighted_sum_scratch(batch: int, nq: int, n: int, dim: int) -> int: 
 def hamming_to_blocks(codes: Array, first: int, blocks: Array, ones: Array | None) -> None: ...
 def hamming_from_blocks(blocks: Array, rows: int, positions: Array, out: Array) -> None: ...
 def hamming_score_candidates(
-    x: Array, blocks: Array, rows: int, candidates: Array, out: Array
+    x: Array, database: Array, rows: int, candidates: Array, out: Array, stream: int = 0
 ) -> None: ...
 def hamming_dot_candidates(
-    x: Array, vectors: Array, scale: Array | None, candidates: Array, out: Array
+    x: Array,
+    vectors: Array,
+    scale: Array | None,
+    candidates: Array,
+    out: Array,
+    stream: int = 0,
 ) -> None: ...
 def selective_scan_forward(
     u: Array,

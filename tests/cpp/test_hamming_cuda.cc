@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels, executed on the CPU lane by lane, against the reference: odd sizes, strides,
 // tensor cores and popcounts, each order of the lanes.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -140,6 +141,195 @@ void floats(int64_t nq, const Sample& x) {
   }
 }
 
+void ranges(const Sample& q, const Sample& x) {
+  std::vector<uint8_t> mask(x.n + 1);
+  for (int64_t i = 0; i < x.n; ++i) mask[i] = random_bits() % 2;
+  for (Metric metric : kMetrics)
+    for (bool masked : {false, true}) {
+      // The middle of what there is, nothing, everything.
+      const double middle = x.n ? reference::distance(q.codes[0], x.codes[x.n / 2], metric) : 0;
+      for (double radius : {middle, -1.0, 1e9}) {
+        const Product product = masked ? Product::tensor : Product::popcount;
+        const uint32_t limit = radius_limit(metric, radius);
+        const auto* live = masked ? mask.data() : nullptr;
+        auto indptr = room<int64_t>(q.n + 1);
+        auto scratch = room<uint64_t>((cuda::range_scratch(q.n, x.n) + 7) / 8);
+        cuda::range_count(stream, q.matrix, x.matrix, live, metric, limit, indptr.data(),
+                          scratch.data(), product);
+        const int64_t total = indptr[q.n];
+        auto values = room<int32_t>(total);
+        auto ids = room<int64_t>(total);
+        cuda::range_write(stream, q.matrix, x.matrix, live, metric, limit, total, values.data(),
+                          ids.data(), scratch.data(), product);
+        int64_t at = 0;
+        for (int64_t i = 0; i < q.n; ++i) {
+          CHECK(indptr[i] == at, x.dim, x.n, q.n, i);
+          for (int64_t j = 0; j < x.n; ++j) {
+            const double d = reference::distance(q.codes[i], x.codes[j], metric);
+            const bool inside = metric == Metric::intersection ? d >= radius : d <= radius;
+            if (!inside || (masked && !mask[j])) continue;
+            CHECK(at < total && ids[at] == j && value_at(metric, values, at) == d, x.dim, i, j);
+            ++at;
+          }
+        }
+        CHECK(at == total, x.dim, x.n, q.n);
+      }
+    }
+}
+
+// The k largest scores, and those of candidates; with the bits of the CPU's score.
+void scores(int64_t nq, const Sample& x, const std::vector<int64_t>& ks) {
+  std::vector<float> memory(nq * x.dim);
+  for (float& value : memory) value = static_cast<float>(random_bits() % 9) - 4;  // ties
+  const Matrix<const float> queries{memory.data(), nq, x.dim, x.dim, 1};
+  std::vector<float> all(nq * x.n);
+  score(queries, x.matrix, all.data());
+  std::vector<uint8_t> mask(x.n + 1);
+  for (int64_t i = 0; i < x.n; ++i) mask[i] = random_bits() % 4 != 0;
+  for (int64_t k : ks)
+    for (bool masked : {false, true}) {
+      auto values = room<float>(nq * k);
+      auto ids = room<int64_t>(nq * k);
+      auto scratch = room<uint64_t>((cuda::topk_score_scratch(nq, x.n, k) + 7) / 8);
+      cuda::topk_score(stream, queries, x.matrix, masked ? mask.data() : nullptr, k, values.data(),
+                       ids.data(), scratch.data());
+      for (int64_t q = 0; q < nq; ++q) {
+        std::vector<int64_t> order;
+        for (int64_t i = 0; i < x.n; ++i)
+          if (!masked || mask[i]) order.push_back(i);
+        const float* row = all.data() + q * x.n;
+        std::stable_sort(order.begin(), order.end(),
+                         [&](int64_t a, int64_t b) { return row[a] > row[b]; });
+        for (int64_t r = 0; r < k; ++r) {
+          const bool exists = r < static_cast<int64_t>(order.size());
+          CHECK(ids[q * k + r] == (exists ? order[r] : -1), x.dim, x.n, q, k, r);
+          CHECK(values[q * k + r] == (exists ? row[order[r]] : -INFINITY), x.dim, x.n, q, k, r);
+        }
+      }
+    }
+
+  const int64_t c = 300;
+  auto candidates = room<int64_t>(nq * c);
+  for (int64_t& row : candidates) row = static_cast<int64_t>(random_bits() % (x.n + 2)) - 1;
+  auto found = room<float>(nq * c), dots = room<float>(nq * c), scale = room<float>(x.n);
+  auto vectors = room<int8_t>(x.n * x.dim);
+  auto halves = room<uint16_t>(x.n * x.dim);  // of the same numbers
+  for (int64_t i = 0; i < x.n * x.dim; ++i) {
+    vectors[i] = static_cast<int8_t>(random_bits() % 5) - 2;
+    const uint16_t kHalves[] = {0xc000, 0xbc00, 0, 0x3c00, 0x4000};
+    halves[i] = kHalves[vectors[i] + 2];
+  }
+  for (float& value : scale) value = static_cast<float>(random_bits() % 4);
+  cuda::score_candidates(stream, queries, x.matrix, candidates.data(), c, found.data());
+  for (DType dtype : {DType::i8, DType::f16}) {
+    const bool scaled = dtype == DType::i8;
+    const void* stored = scaled ? static_cast<const void*>(vectors.data()) : halves.data();
+    cuda::dot_candidates(stream, queries, stored, dtype, scaled ? scale.data() : nullptr, x.n,
+                         candidates.data(), c, dots.data());
+    for (int64_t i = 0; i < nq * c; ++i) {
+      const int64_t row = candidates[i], q = i / c;
+      const bool exists = row >= 0 && row < x.n;
+      CHECK(found[i] == (exists ? all[q * x.n + row] : -INFINITY), x.dim, x.n, i);
+      double dot = 0;
+      for (int64_t j = 0; exists && j < x.dim; ++j)
+        dot += memory[q * x.dim + j] * vectors[row * x.dim + j];
+      CHECK(dots[i] == (exists ? dot * (scaled ? scale[row] : 1) : -INFINITY), x.dim, x.n, i);
+    }
+  }
+}
+
+// Numbers of every type to bits and back; `gap` elements between two.
+void codes_of_numbers(int64_t dim, int64_t gap) {
+  const int64_t shape[] = {2, 3, dim}, bytes = (dim + 7) / 8, rows = 6;
+  const auto view_of = [&](void* data, DType dtype, int64_t last) {
+    TensorView view;
+    view.data = data;
+    view.dtype = dtype;
+    view.rank = 3;
+    const int64_t stride = 1 + gap;
+    for (int d = 0; d < 3; ++d) view.shape[d] = d == 2 ? last : shape[d];
+    view.strides[2] = stride;
+    view.strides[1] = 2 * last * stride;  // the rows of the other first index lie between
+    view.strides[0] = last * stride;
+    return view;
+  };
+  const auto place = [&](int64_t row, int64_t j, int64_t last) {
+    return (row % 3 * 2 + row / 3) * last * (1 + gap) + j * (1 + gap);
+  };
+  std::vector<std::vector<double>> numbers(rows, std::vector<double>(dim));
+  for (auto& row : numbers)
+    for (double& x : row) x = static_cast<int>(random_bits() % 5) - 2;
+  for (DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8}) {
+    const uint16_t kHalf[] = {0xc000, 0xbc00, 0, 0x3c00, 0x4000};
+    const uint16_t kBrain[] = {0xc000, 0xbf80, 0, 0x3f80, 0x4000};
+    auto memory = room<uint64_t>(rows * dim * (1 + gap));
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t j = 0; j < dim; ++j) {
+        const double x = numbers[row][j];
+        const int64_t at = place(row, j, dim);
+        if (dtype == DType::f32) reinterpret_cast<float*>(memory.data())[at] = x;
+        if (dtype == DType::f64) reinterpret_cast<double*>(memory.data())[at] = x;
+        if (dtype == DType::i8) reinterpret_cast<int8_t*>(memory.data())[at] = x;
+        if (size_of(dtype) == 2)
+          reinterpret_cast<uint16_t*>(memory.data())[at] =
+              (dtype == DType::f16 ? kHalf : kBrain)[static_cast<int>(x) + 2];
+      }
+    for (double threshold : {0.0, 1.0}) {
+      auto codes = room<uint8_t>(rows * bytes);
+      int32_t nan = 0;
+      cuda::pack(stream, view_of(memory.data(), dtype, dim), threshold, codes.data(), &nan);
+      CHECK(nan == 0);
+      for (int64_t row = 0; row < rows; ++row) {
+        const Code expected = reference::pack(numbers[row], threshold);
+        for (int64_t b = 0; b < bytes; ++b) CHECK(codes[row * bytes + b] == expected[b], dim, row);
+      }
+      if (dtype != DType::f32) continue;
+      // The codes lie as the numbers did, with gaps.
+      auto spread = room<uint8_t>(rows * bytes * (1 + gap));
+      for (int64_t i = 0; i < rows * bytes; ++i)
+        spread[place(i / bytes, i % bytes, bytes)] = codes[i];
+      const TensorView view = view_of(spread.data(), DType::u8, bytes);
+      for (int64_t shift : {int64_t{0}, int64_t{1}, dim / 2, dim + 11, int64_t{-3}}) {
+        auto turned = room<uint8_t>(rows * bytes);
+        cuda::permute(stream, view, dim, shift, turned.data());
+        for (int64_t row = 0; row < rows; ++row) {
+          const Code code(codes.begin() + row * bytes, codes.begin() + (row + 1) * bytes);
+          const Code expected = reference::permute(code, dim, shift);
+          for (int64_t b = 0; b < bytes; ++b)
+            CHECK(turned[row * bytes + b] == expected[b], dim, shift, row, b);
+        }
+      }
+      for (DType back : {DType::f32, DType::f64, DType::f16, DType::bf16, DType::i8}) {
+        auto out = room<uint8_t>(rows * dim * size_of(back));
+        cuda::unpack(stream, view, dim, back, out.data());
+        for (int64_t i = 0; i < rows * dim; ++i) {
+          const bool one = codes[i / dim * bytes + i % dim / 8] >> (7 - i % dim % 8) & 1;
+          uint64_t got = 0;
+          std::memcpy(&got, out.data() + i * size_of(back), size_of(back));
+          const uint64_t sign = uint64_t{1} << (size_of(back) * 8 - 1);
+          const uint64_t plus = back == DType::f32    ? 0x3f800000
+                                : back == DType::f64  ? 0x3ff0000000000000
+                                : back == DType::f16  ? 0x3c00
+                                : back == DType::bf16 ? 0x3f80
+                                                      : 1;
+          const uint64_t minus = back == DType::i8 ? 0xff : plus | sign;
+          CHECK(got == (one ? plus : minus), dim, i);
+        }
+      }
+    }
+  }
+  auto memory = room<float>(dim);
+  memory[dim - 1] = NAN;
+  TensorView row;
+  row.data = memory.data(), row.dtype = DType::f32, row.rank = 1;
+  row.shape[0] = dim, row.strides[0] = 1;
+  auto codes = room<uint8_t>(bytes);
+  int32_t nan = 0;
+  cuda::pack(stream, row, 0, codes.data(), nullptr);
+  cuda::pack(stream, row, 0, codes.data(), &nan);
+  CHECK(nan == 1);
+}
+
 // Two entries of a batch, from views of larger arrays.
 void batches() {
   const Sample x(19, 30);
@@ -168,7 +358,9 @@ int main() {
         all_pairs(many, x);
         search(few, x, {1, n + 2});
         search(many, x, {1, n + 2});
+        ranges(many, x);
         floats(3, x);
+        scores(3, x, {1, n + 2});
       }
     }
     // Strides that forbid whole pieces, and rows that allow them with a gap between.
@@ -176,15 +368,22 @@ int main() {
     for (const Sample* x : {&strided, &gapped, &misplaced}) {
       all_pairs(*x, *x);
       search(*x, *x, {5}, true);
+      ranges(*x, *x);
       floats(2, *x);
+      scores(2, *x, {5});
     }
     batches();
+    for (int64_t dim : {1, 7, 16, 19, 128})
+      for (int64_t gap : {0, 1}) codes_of_numbers(dim, gap);
     // Several slices and merges; lists that fill up and shrink; slices of sums.
     const Sample one(64, 1), nine(64, 9), x(64, 2600);
     search(one, x, {10}, true);
     search(nine, x, {3, 300});
     search(one, x, {2048});
+    ranges(nine, x);
     floats(1, Sample(40, 2500));
+    scores(1, Sample(40, 5000), {20});
+    scores(3, Sample(1030, 1100), {2048});
   });
   return report();
 }

@@ -5,6 +5,7 @@ These are what the functions call for numpy and what the dispatcher calls for to
 been checked by the functions; the extension checks again whatever could harm memory.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -19,19 +20,19 @@ def value_dtype(metric: str) -> str:
 
 def pack(x, threshold):
     out = empty_like(x, (*x.shape[:-1], -(-x.shape[-1] // 8)), "uint8")
-    _C.hamming_pack(x, threshold, out)
+    _C.hamming_pack(x, threshold, out, *on_device(x))
     return out
 
 
 def unpack(codes, dim, dtype):
     out = empty_like(codes, (*codes.shape[:-1], dim), str(dtype).removeprefix("torch."))
-    _C.hamming_unpack(codes, dim, out)
+    _C.hamming_unpack(codes, dim, out, *on_device(codes))
     return out
 
 
 def permute(codes, dim, shift):
     out = empty_like(codes, codes.shape, "uint8")
-    _C.hamming_permute(codes, dim, shift, out)
+    _C.hamming_permute(codes, dim, shift, out, *on_device(codes))
     return out
 
 
@@ -43,15 +44,12 @@ def distance(a, b, metric):
 
 
 def topk(queries, codes, k, metric, mask):
-    listed = k <= _C.hamming_cuda_max_k
-    if runs_cuda(queries) and not listed and not isinstance(queries, np.ndarray):
+    if _sorts(queries, k):
         return sorted_topk(queries, codes, k, metric, mask)
     shape = (queries.shape[0], k)
-    values, ids = (
-        empty_like(queries, shape, value_dtype(metric)),
-        empty_like(queries, shape, "int64"),
-    )
-    if runs_cuda(queries) and listed:
+    values = empty_like(queries, shape, value_dtype(metric))
+    ids = empty_like(queries, shape, "int64")
+    if _lists(queries, k):
         device = on_device(queries, _C.hamming_topk_scratch, shape[0], codes.shape[0], k)
         _C.hamming_topk_cuda(queries, codes, mask, metric, values, ids, *device)
     else:
@@ -59,32 +57,70 @@ def topk(queries, codes, k, metric, mask):
     return values, ids
 
 
-def sorted_topk(queries, codes, k, metric, mask):
-    """`topk` of tensors by a stable sort of all distances: for a k that no list on a device holds.
+def _lists(array, k) -> bool:
+    """Whether a CUDA kernel runs, which keeps lists of k hits."""
+    return runs_cuda(array) and k <= _C.hamming_cuda_max_k
 
-    Queries pass in groups, so that the distances are about 64 MB at once.
+
+def _sorts(array, k) -> bool:
+    """Whether no list on the device holds k hits."""
+    return runs_cuda(array) and k > _C.hamming_cuda_max_k and not isinstance(array, np.ndarray)
+
+
+def sorted_topk(queries, codes, k, metric, mask):
+    """`topk` of tensors by a sort of all distances: for a k that no list on a device holds."""
+    worst = {"hamming": 2**31 - 1, "jaccard": math.inf, "and": -1}[metric]
+    dtype, largest = value_dtype(metric), metric == "and"
+    distances = functools.partial(distance, b=codes, metric=metric)
+    return _sorted(distances, queries, codes, k, mask, dtype, worst, largest)
+
+
+def sorted_topk_score(x, codes, k, mask):
+    """`topk_score`, likewise."""
+    scores = functools.partial(score, codes=codes)
+    return _sorted(scores, x, codes, k, mask, "float32", -math.inf, True)
+
+
+def _sorted(values_of, queries, codes, k, mask, dtype, worst, largest):
+    """The k best values of each query by a stable sort of all.
+
+    Queries pass in groups, so that the values are about 64 MB at once.
     """
     import torch
 
-    worst = {"hamming": 2**31 - 1, "jaccard": math.inf, "and": -1}[metric]
-    values = torch.full(
-        (len(queries), k), worst, dtype=getattr(torch, value_dtype(metric)), device=queries.device
-    )
-    ids = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+    shape, device = (len(queries), k), queries.device
+    values = torch.full(shape, worst, dtype=getattr(torch, dtype), device=device)
+    ids = torch.full(shape, -1, dtype=torch.int64, device=device)
+    if mask is None:
+        mask = torch.ones(len(codes), dtype=torch.bool, device=device)
+    rows = torch.sort(~mask, stable=True).indices  # what may be returned comes first
     keep, step = min(k, len(codes)), max(1, 2**24 // max(1, len(codes)))
     for i in range(0, len(queries), step):
-        found = distance(queries[i : i + step], codes, metric)
-        if mask is not None:
-            found.masked_fill_(~mask, worst)
-        found, rows = torch.sort(found, dim=1, descending=metric == "and", stable=True)
+        found = values_of(queries[i : i + step])[:, rows].masked_fill_(~mask[rows], worst)
+        found, at = torch.sort(found, dim=1, descending=largest, stable=True)
         values[i : i + step, :keep] = found[:, :keep]
-        ids[i : i + step, :keep] = torch.where(found == worst, -1, rows)[:, :keep]
+        ids[i : i + step, :keep] = torch.where(mask[rows[at]], rows[at], -1)[:, :keep]
     return values, ids
 
 
 def range_search(queries, codes, radius, metric, mask):
+    if runs_cuda(queries):
+        return _range_cuda(queries, codes, radius, metric, mask)
     found = _C.hamming_range(queries, codes, -1, None, mask, None, None, None, None, metric, radius)
     return write_range(queries, found, metric)
+
+
+def _range_cuda(queries, codes, radius, metric, mask):
+    arguments = (queries, codes, mask, metric, radius)
+    rows = queries.shape[0], codes.shape[0]
+    device = on_device(queries, _C.hamming_range_scratch, *rows)
+    indptr = empty_like(queries, (rows[0] + 1,), "int64")
+    _C.hamming_range_cuda(*arguments, indptr, None, None, *device)
+    total = int(indptr[-1])  # waits for the device: the results have no size before
+    values = empty_like(queries, (total,), value_dtype(metric))
+    ids = empty_like(queries, (total,), "int64")
+    _C.hamming_range_cuda(*arguments, None, values, ids, *device)
+    return indptr, values, ids
 
 
 def write_range(like, found, metric):
@@ -102,9 +138,15 @@ def score(x, codes):
 
 
 def topk_score(x, codes, k, mask):
+    if _sorts(x, k):
+        return sorted_topk_score(x, codes, k, mask)
     shape = (x.shape[0], k)
     values, ids = empty_like(x, shape, "float32"), empty_like(x, shape, "int64")
-    _C.hamming_topk_score(x, codes, -1, mask, None, values, ids)
+    if _lists(x, k):
+        device = on_device(x, _C.hamming_topk_score_scratch, shape[0], codes.shape[0], k)
+        _C.hamming_topk_score_cuda(x, codes, mask, values, ids, *device)
+    else:
+        _C.hamming_topk_score(x, codes, -1, mask, None, values, ids)
     return values, ids
 
 

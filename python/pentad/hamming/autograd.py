@@ -28,16 +28,19 @@ pack = define(
     "hamming_pack(Tensor x, float threshold) -> Tensor",
     _kernels.pack,
     lambda x, threshold: _empty(x, (*x.shape[:-1], (x.shape[-1] + 7) // 8), torch.uint8),
+    cuda=True,
 )
 unpack = define(
     "hamming_unpack(Tensor codes, SymInt dim, ScalarType dtype) -> Tensor",
     _kernels.unpack,
     lambda codes, dim, dtype: _empty(codes, (*codes.shape[:-1], dim), dtype),
+    cuda=True,
 )
 permute = define(
     "hamming_permute(Tensor codes, SymInt dim, SymInt shift) -> Tensor",
     _kernels.permute,
     lambda codes, dim, shift: _empty(codes, codes.shape, torch.uint8),
+    cuda=True,
 )
 distance = define(
     "hamming_distance(Tensor a, Tensor b, str metric) -> Tensor",
@@ -60,6 +63,7 @@ range_search = define(
     " -> (Tensor, Tensor, Tensor)",
     _kernels.range_search,
     _fake_range,
+    cuda=True,
 )
 score_op = define(
     "hamming_score(Tensor x, Tensor codes) -> Tensor",
@@ -74,6 +78,7 @@ topk_score = define(
         _empty(x, (x.shape[0], k), torch.float32),
         _empty(x, (x.shape[0], k), torch.int64),
     ),
+    cuda=True,
 )
 weighted_sum_op = define(
     "hamming_weighted_sum(Tensor weights, Tensor codes, SymInt dim) -> Tensor",

@@ -95,7 +95,8 @@ def pack(x, threshold=0.0):
     Raises
     ------
     ValueError
-        If `x` contains NaN or has no last dimension.
+        If `x` contains NaN or has no last dimension. On a CUDA device nobody waits to hear of a
+        NaN, which clears its bit.
     TypeError
         For another dtype.
 
@@ -105,7 +106,7 @@ def pack(x, threshold=0.0):
     >>> pentad.hamming.pack(np.array([[0.5, -1.0, 2.0]]))
     array([[160]], dtype=uint8)
     """
-    numpy = is_numpy("hamming.pack", x=x)
+    numpy = is_numpy("hamming.pack", x=x, cuda=True)
     check_dtype("hamming.pack", "x", x, (*FLOATS, "int8", "bool"))
     if x.ndim < 1:
         raise ValueError("[hamming.pack] x has no dimension to pack")
@@ -140,7 +141,7 @@ def unpack(codes, dim, dtype=None):
     >>> pentad.hamming.unpack(np.array([[160]], np.uint8), 3)
     array([[ 1., -1.,  1.]], dtype=float32)
     """
-    numpy = is_numpy("hamming.unpack", codes=codes)
+    numpy = is_numpy("hamming.unpack", codes=codes, cuda=True)
     check_codes("hamming.unpack", "codes", codes, rank=None)
     dim = check_dim("hamming.unpack", codes, dim)
     if numpy:
@@ -277,6 +278,11 @@ def range_search(queries, codes, radius, *, metric="hamming", mask=None):
     ids : (hits,) int64
         Rising within a query.
 
+    Notes
+    -----
+    On a CUDA device this waits for the number of hits, which the results need for their size: no
+    captured graph can hold it.
+
     Examples
     --------
     >>> import numpy as np
@@ -286,7 +292,7 @@ def range_search(queries, codes, radius, *, metric="hamming", mask=None):
     (array([0, 1], dtype=int32), array([0, 2]))
     """
     op = "hamming.range_search"
-    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask, optional=["mask"])
+    numpy = is_numpy(op, queries=queries, codes=codes, mask=mask, optional=["mask"], cuda=True)
     check_choice(op, "metric", metric, METRICS)
     check_codes(op, "queries", queries)
     check_codes(op, "codes", codes)
@@ -377,7 +383,8 @@ def topk_score(x, codes, k, *, mask=None):
     Raises
     ------
     ValueError
-        If `x` holds a NaN or an infinity.
+        If `x` holds a NaN or an infinity. On a CUDA device nobody waits to hear of those: scores
+        that are NaN come first.
 
     Examples
     --------
@@ -387,7 +394,7 @@ def topk_score(x, codes, k, *, mask=None):
     (array([[3.5]], dtype=float32), array([[1]]))
     """
     op = "hamming.topk_score"
-    numpy = is_numpy(op, x=x, codes=codes, mask=mask, optional=["mask"])
+    numpy = is_numpy(op, x=x, codes=codes, mask=mask, optional=["mask"], cuda=True)
     check_rank(op, "x", x, 2, "(nq, dim)")
     check_codes(op, "codes", codes)
     check_query(op, x, codes)

@@ -42,7 +42,7 @@ def bind(a, b):
     array([6], dtype=uint8)
     """
     op = "hamming.bind"
-    is_numpy(op, a=a, b=b, any_device=True)
+    is_numpy(op, a=a, b=b, any_device=True)  # an operator of numpy's and torch's own
     check_codes(op, "a", a, rank=None)
     check_codes(op, "b", b, rank=None)
     check_same_bytes(op, "a", a, "b", b)
@@ -81,7 +81,7 @@ def bundle(codes, dim, *, weights=None, ties="first"):
     array([128], dtype=uint8)
     """
     op = "hamming.bundle"
-    numpy = is_numpy(op, codes=codes, weights=weights, optional=["weights"])
+    numpy = is_numpy(op, codes=codes, weights=weights, optional=["weights"], cuda=True)
     check_codes(op, "codes", codes, rank=None)
     check_choice(op, "ties", ties, _TIES)
     dim = check_dim(op, codes, dim)
@@ -137,7 +137,7 @@ def permute(codes, dim, shift):
     array([8], dtype=uint8)
     """
     op = "hamming.permute"
-    numpy = is_numpy(op, codes=codes)
+    numpy = is_numpy(op, codes=codes, cuda=True)
     check_codes(op, "codes", codes, rank=None)
     dim = check_dim(op, codes, dim)
     shift = operator.index(shift) % dim
