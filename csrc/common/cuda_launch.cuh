@@ -22,34 +22,35 @@
 
 namespace pentad {
 
-// Room for an array in shared memory: arrays begin at multiples of 16 bytes.
-template <class T>
+// Room for an array in shared memory: arrays begin at multiples of 16 bytes, or of what is asked for.
+template <class T, size_t alignment = 16>
 __host__ __device__ constexpr size_t shared_bytes(int64_t count) {
-  return (sizeof(T) * static_cast<size_t>(count) + 15) / 16 * 16;
+  return (sizeof(T) * static_cast<size_t>(count) + alignment - 1) / alignment * alignment;
 }
 
 // Hands out the block's shared memory array by array; every lane takes the same ones in the same
-// order. take<float[33]>(32) is a tile.
+// order. take<float[33]>(32) is a tile. Arrays of a larger alignment are taken first.
 class Shared {
  public:
 #if defined(__CUDACC__)
   __device__ Shared() {
-    extern __shared__ __align__(16) unsigned char pentad_shared_memory[];
+    extern __shared__ __align__(1024) unsigned char pentad_shared_memory[];
     next_ = pentad_shared_memory;
   }
-  template <class T>
+  template <class T, size_t alignment = 16>
   __device__ T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(next_);
-    next_ += shared_bytes<T>(count);
+    next_ += shared_bytes<T, alignment>(count);
     return array;
   }
 
  private:
   unsigned char* next_;
 #else
-  template <class T>
+  template <class T, size_t alignment = 16>
   T* take(int64_t count) {
-    return static_cast<T*>(cuda_host::shared_array(sizeof(T) * static_cast<size_t>(count)));
+    const size_t bytes = sizeof(T) * static_cast<size_t>(count);
+    return static_cast<T*>(cuda_host::shared_array(bytes, alignment));
   }
 #endif
 };

@@ -150,4 +150,23 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 
 #endif
 
+// Two floats as the halves of a register, the first in the low one; rounded to nearest even.
+#if defined(__CUDACC__)
+__device__ inline uint32_t bf16_pair(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ inline uint32_t f16_pair(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+#else
+inline uint32_t bf16_pair(float low, float high) {
+  return __float2bfloat16(low).bits | uint32_t{__float2bfloat16(high).bits} << 16;
+}
+inline uint32_t f16_pair(float low, float high) {
+  return __float2half(low).bits | uint32_t{__float2half(high).bits} << 16;
+}
+#endif
+
 }  // namespace pentad

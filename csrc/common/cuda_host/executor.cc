@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <sstream>
@@ -16,10 +18,9 @@
 namespace pentad::cuda_host {
 namespace {
 
-constexpr unsigned kWarp = 32, kMostLanes = 1024;
-constexpr size_t kAlignment = 16;  // of arrays in shared memory, as Shared::take has it
+constexpr unsigned kWarp = 32, kWarpgroup = 128, kMostLanes = 1024;
 
-enum class State { ready, at_warp, at_block, finished };
+enum class State { ready, at_warp, at_warpgroup, at_block, at_condition, finished };
 
 struct Lane {
   Fiber fiber;
@@ -30,13 +31,19 @@ struct Lane {
   uint32_t mask;
   void* payload;
   Combine combine;
+  bool (*condition)(const void*);
+  const void* at;
   std::source_location where;
   size_t arrays;  // that it has taken
   std::vector<std::vector<Copy>> copies;
 };
 
+struct Aligned {
+  std::align_val_t alignment;
+  void operator()(std::byte* memory) const { ::operator delete[](memory, alignment); }
+};
 struct Array {
-  std::unique_ptr<std::byte[]> memory;
+  std::unique_ptr<std::byte[], Aligned> memory;
   size_t bytes;
 };
 
@@ -44,7 +51,11 @@ struct Block {
   std::vector<std::unique_ptr<Lane>> lanes;  // kept from launch to launch for their stacks
   unsigned count = 0;
   unsigned current = 0;
-  unsigned at_block = 0, at_warp[kMostLanes / kWarp] = {};  // lanes that wait
+  // Lanes that wait.
+  unsigned at_block = 0, at_warp[kMostLanes / kWarp] = {},
+           at_warpgroup[kMostLanes / kWarpgroup] = {};
+  std::deque<std::function<void()>> later;
+  std::vector<std::vector<std::function<void()>>> products[kMostLanes / kWarpgroup];
   std::vector<Array> arrays;
   size_t shared_left = 0;
   const std::function<void()>* kernel = nullptr;
@@ -124,6 +135,9 @@ void run_block(dim3 size, size_t shared_bytes, std::vector<unsigned>& order, std
   block.arrays.clear();
   block.at_block = 0;
   std::fill(std::begin(block.at_warp), std::end(block.at_warp), 0u);
+  std::fill(std::begin(block.at_warpgroup), std::end(block.at_warpgroup), 0u);
+  block.later.clear();
+  for (auto& groups : block.products) groups.assign(1, {});
   block.shared_left = shared_bytes;
   block.error = nullptr;
   for (unsigned i = 0; i < block.count; ++i) {
@@ -139,6 +153,7 @@ void run_block(dim3 size, size_t shared_bytes, std::vector<unsigned>& order, std
     if (schedule.order == Order::shuffled) std::shuffle(order.begin(), order.end(), random);
     for (unsigned i : order) {
       Lane& lane = *block.lanes[i];
+      if (lane.state == State::at_condition && lane.condition(lane.at)) lane.state = State::ready;
       if (lane.state != State::ready) continue;
       progress = true;
       block.current = i;
@@ -147,7 +162,11 @@ void run_block(dim3 size, size_t shared_bytes, std::vector<unsigned>& order, std
       if (block.error) std::rethrow_exception(block.error);
       finished += lane.state == State::finished;
     }
-    if (!progress) stuck();
+    if (progress) continue;
+    if (block.later.empty()) stuck();
+    const size_t next = schedule.order == Order::shuffled ? random() % block.later.size() : 0;
+    block.later[next]();
+    block.later.erase(block.later.begin() + static_cast<std::ptrdiff_t>(next));
   }
 }
 
@@ -211,17 +230,55 @@ void block_collective(const char* what, void* payload, Combine combine,
   collective(0, block.count, block.count, block.at_block, [](unsigned) { return true; });
 }
 
+void warpgroup_collective(const char* what, void* payload, Combine combine,
+                          const std::source_location& where) {
+  if (block.count % kWarpgroup) misuse(std::string(what) + " in a block of no whole warpgroups");
+  Lane& lane = current();
+  lane.state = State::at_warpgroup;
+  lane.what = what;
+  lane.mask = 0;
+  lane.payload = payload;
+  lane.combine = combine;
+  lane.where = where;
+  const unsigned group = block.current / kWarpgroup;
+  collective(group * kWarpgroup, kWarpgroup, kWarpgroup, block.at_warpgroup[group],
+             [](unsigned) { return true; });
+}
+
+void wait_until(const char* what, bool (*ready)(const void* at), const void* at,
+                const std::source_location& where) {
+  if (ready(at)) return;
+  Lane& lane = current();
+  lane.state = State::at_condition;
+  lane.what = what;
+  lane.condition = ready;
+  lane.at = at;
+  lane.where = where;
+  lane.fiber.suspend();
+}
+
+void later(std::function<void()> work) {
+  if (schedule.early_copies) work();
+  else block.later.push_back(std::move(work));
+}
+
+std::vector<std::vector<std::function<void()>>>& pending_products() {
+  return block.products[block.current / kWarpgroup];
+}
+
 unsigned lane_number() { return block.current; }
 
-void* shared_array(size_t bytes) {
+void* shared_array(size_t bytes, size_t alignment) {
   const size_t i = current().arrays++;
   if (i == block.arrays.size()) {
-    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
     if (rounded > block.shared_left)
       misuse("array " + std::to_string(i) + " of shared memory takes " + std::to_string(rounded) +
              " bytes, but " + std::to_string(block.shared_left) + " are left");
     block.shared_left -= rounded;
-    block.arrays.push_back({std::make_unique_for_overwrite<std::byte[]>(bytes), bytes});
+    const Aligned aligned{std::align_val_t{alignment}};
+    auto* memory = static_cast<std::byte*>(::operator new[](bytes, aligned.alignment));
+    block.arrays.push_back({{memory, aligned}, bytes});
     std::memset(block.arrays.back().memory.get(), 0xcb, bytes);
   }
   if (block.arrays[i].bytes != bytes)

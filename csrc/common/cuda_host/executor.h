@@ -63,12 +63,23 @@ void warp_collective(const char* what, uint32_t mask, void* payload, Combine com
                      const std::source_location& where);
 void block_collective(const char* what, void* payload, Combine combine,
                       const std::source_location& where);
+// Of four warps in a row, the first of which is a multiple of four: sm_90's wgmma.
+void warpgroup_collective(const char* what, void* payload, Combine combine,
+                          const std::source_location& where);
+
+// Waits until ready(at), which other lanes or `later` bring about.
+void wait_until(const char* what, bool (*ready)(const void* at), const void* at,
+                const std::source_location& where);
+
+// What a device does beside the lanes, as the bulk copies of sm_90: as late as it may, when no lane
+// can go on otherwise, or at once (early_copies).
+void later(std::function<void()> work);
 
 // Of the caller in its block.
 unsigned lane_number();
 
 // The block's next array in the order of the calls; each lane asks for the same ones.
-void* shared_array(size_t bytes);
+void* shared_array(size_t bytes, size_t alignment);
 
 // Copies that have been begun and not waited for, one list per group. A device may copy at any time
 // in between. Here that is at the end, so that a missing wait shows, or at once (early_copies), so
@@ -83,5 +94,8 @@ struct Copy {
   }
 };
 std::vector<std::vector<Copy>>& pending_copies();
+
+// Products of the caller's warpgroup that have been begun and not waited for, one list per group.
+std::vector<std::vector<std::function<void()>>>& pending_products();
 
 }  // namespace pentad::cuda_host
