@@ -98,7 +98,7 @@ test-aarch64: $(TOOLS)
 
 # The families' tests over their CUDA kernels, which are executed on the CPU (csrc/README.md): what the
 # C++ tests say of the kernels, these say of the way from Python to them. An environment of its own
-# sees the packages of the other one, but for its pentad.
+# sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
 CUDA_HOST_TESTS := tests/test_hamming.py
 test-cuda-host: $(DEPENDENCIES)
@@ -110,7 +110,7 @@ test-cuda-host: $(DEPENDENCIES)
 	PENTAD_CUDA=HOST PATH="$(abspath $(BIN)):$$PATH" $(CUDA_HOST)/bin/python -m pip install -q \
 	  --no-build-isolation --no-deps --force-reinstall -C build-dir=build/cuda-host-objects .
 	OMP_WAIT_POLICY=passive $(CUDA_HOST)/bin/python -m pytest -n $(JOBS) --dist loadfile \
-	  $(CUDA_HOST_TESTS)
+	  --sample $(or $(SAMPLE),1) $(CUDA_HOST_TESTS)
 
 # The tests that need a CUDA device, then some of them under each tool of compute-sanitizer. Where
 # there is no device they are skipped, and say so.
