@@ -5,10 +5,11 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import LAYOUTS, laid_out, run_python
+from cases import LAYOUTS, cpu_kernels_only, laid_out, run_python
 
 import pentad
 from pentad import _C
+from pentad._arrays import on_device
 from pentad.sparse import splade_head, splade_reference
 
 torch = pytest.importorskip("torch")
@@ -266,6 +267,7 @@ def test_empty_axes(pooling, size, dtype):
     assert not leaves[1].grad.any()
 
 
+@cpu_kernels_only
 def test_without_a_matrix_per_token():
     """(B, L, V) would be 250 MB; what is needed beyond arguments and gradients is some 20."""
     grown = run_python(
@@ -539,7 +541,8 @@ def test_the_entry_refuses(change, error, message):
         "hidden": HIDDEN, "weight": WEIGHT, "bias": BIAS, "mask": MASK, "pooling": "max",
         "activation": "log1p_relu", "out": OUT, "top": OUT.copy(), "place": PLACE,
     }  # fmt: skip
-    _C.sparse_splade_head(*given.values())
+    scratch = on_device(HIDDEN, _C.sparse_splade_scratch, 2, 3)
+    _C.sparse_splade_head(*given.values(), *scratch)
     with pytest.raises(error, match=message):
         _C.sparse_splade_head(*(given | change).values())
 

@@ -8,7 +8,7 @@ The mathematics stand in ``csrc/sparse/splade.h`` and, in numpy, in
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import dtype_name, is_numpy
+from pentad._arrays import dtype_name, is_numpy, on_device
 from pentad._checks import FLOATS, check_choice, check_count, check_dtype
 
 OP = "sparse.splade_head"
@@ -73,7 +73,8 @@ def splade_head(
     Raises
     ------
     ValueError
-        For shapes that do not fit, a mask with other numbers, or another pooling or activation.
+        For shapes that do not fit, a mask with other numbers, or another pooling or activation. (On
+        a CUDA device a sequence with such a mask has weights NaN: nothing waits for its contents.)
     TypeError
         For arguments of several float dtypes, or of none.
     RuntimeError
@@ -101,6 +102,7 @@ def splade_head(
         bias=bias,
         attention_mask=attention_mask,
         optional=("bias", "attention_mask"),
+        cuda=True,
     )
     check_choice(OP, "pooling", pooling, POOLINGS)
     _check_activation(activation)
@@ -117,7 +119,8 @@ def splade_head(
         )
     out = np.empty((hidden.shape[0], weight.shape[0]), hidden.dtype)
     given = (hidden, weight, bias, attention_mask, pooling, activation)
-    _C.sparse_splade_head(*given, out, None, None)
+    device = on_device(hidden, _C.sparse_splade_scratch, *hidden.shape[:2])
+    _C.sparse_splade_head(*given, out, None, None, *device)
     if top_k is not None:
         _C.sparse_splade_keep(out, top_k)
     return (*compressed(out), out.shape[1]) if sparse_output else out

@@ -4,16 +4,18 @@
 import torch
 
 from pentad import _C
-from pentad._ops import define, needs_grad, quick_apply, spread
+from pentad._arrays import on_device
+from pentad._ops import autocast_device, define, needs_grad, quick_apply, spread
 
 OP = "sparse.splade_head"
 
 
 def autocast(*tensors):
     """As a linear layer has them under ``torch.autocast``."""
-    if not torch.is_autocast_enabled("cpu"):
+    device = autocast_device(tensors[0])
+    if not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype == torch.float32 else t for t in tensors)
 
 
@@ -32,7 +34,8 @@ def _empty(hidden, weight, bias, mask, pooling, activation, saved):
 def _forward(hidden, weight, bias, mask, pooling, activation, saved):
     given = (hidden, weight, bias, mask, pooling, activation)
     out, top, place = _empty(*given, saved)
-    _C.sparse_splade_head(*given, out, *((top, place) if saved else (None, None)))
+    device = on_device(hidden, _C.sparse_splade_scratch, *hidden.shape[:2])
+    _C.sparse_splade_head(*given, out, *((top, place) if saved else (None, None)), *device)
     return out, top, place
 
 
@@ -51,7 +54,9 @@ def _backward(d_out, hidden, weight, bias, mask, top, place, pooling, activation
     if pooling == "sum":
         given = (*given[:5], None, None, *given[7:])
     written = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-    _C.sparse_splade_head_backward(*given, *written)
+    sizes = (*hidden.shape, weight.shape[0], hidden.element_size(), pooling == "sum")
+    device = on_device(hidden, _C.sparse_splade_backward_scratch, *sizes)
+    _C.sparse_splade_head_backward(*given, *written, *device)
     return gradients
 
 
@@ -67,12 +72,14 @@ forward = define(
     "-> (Tensor, Tensor, Tensor)",
     _forward,
     _empty,
+    cuda=True,
 )
 backward = define(
     f"sparse_splade_head_backward(Tensor d_out, {_HEAD}, Tensor top, Tensor place, str pooling, "
     "str activation, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _backward,
     _empty_gradients,
+    cuda=True,
 )
 keep = define(
     "sparse_splade_keep(Tensor x, SymInt k) -> Tensor", _keep, lambda x, k: x.new_empty(x.shape)
@@ -125,11 +132,16 @@ class _Compressed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        indptr = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
-        _C.sparse_splade_count(x, indptr)
-        count = int(indptr[-1])
-        indices, values = x.new_empty(count, dtype=torch.int64), x.new_empty(count)
-        _C.sparse_splade_compress(x, indptr, indices, values)
+        indptr = x.new_zeros(x.shape[0] + 1, dtype=torch.int64)
+        if x.is_cuda:
+            rows, indices = x.nonzero(as_tuple=True)
+            indptr[1:] = (x != 0).sum(1).cumsum(0)
+            values = x[rows, indices]
+        else:
+            _C.sparse_splade_count(x, indptr)
+            count = int(indptr[-1])
+            indices, values = x.new_empty(count, dtype=torch.int64), x.new_empty(count)
+            _C.sparse_splade_compress(x, indptr, indices, values)
         ctx.mark_non_differentiable(indptr, indices)
         ctx.shape = x.shape
         ctx.save_for_backward(indptr, indices)
@@ -138,7 +150,7 @@ class _Compressed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _indptr, _indices, d_values):
         indptr, indices = ctx.saved_tensors
-        rows = torch.repeat_interleave(torch.arange(ctx.shape[0]), indptr.diff())
+        rows = torch.repeat_interleave(indptr.diff(), output_size=len(indices))
         grad = d_values.new_zeros(ctx.shape)
         return grad.index_put((rows, indices), d_values)
 
