@@ -13,6 +13,7 @@
 #include "common/ceil_div.h"
 #include "pq/codes.h"
 #include "pq/lookup.h"
+#include "pq/lookup_cuda.h"
 #include "pq/table_sum.h"
 
 namespace py = pybind11;
@@ -29,11 +30,11 @@ using Optional = std::optional<TensorView>;
                      ", expected " + expected);
 }
 
-Codes codes_of(const TensorView& view, const char* op, const char* name, int rank) {
+Codes codes_of(const TensorView& view, const char* op, const char* name, int rank, Device on = {}) {
   expect(view, op, name,
          {DType::u8, DType::i8, DType::u16, DType::i16, DType::u32, DType::i32, DType::u64,
           DType::i64},
-         rank);
+         rank, on);
   return {view.data,       view.dtype,
           view.shape[0],   rank == 2 ? view.shape[1] : 1,
           view.strides[0], rank == 2 ? view.strides[1] : 1};
@@ -52,7 +53,7 @@ void expect_shape(const TensorView& view, const char* op, const char* name,
 // Borrowed tables, turned where their columns do not follow each other.
 class Tables {
  public:
-  Tables(const py::sequence& list, const char* op) : op_(op) {
+  Tables(const py::sequence& list, const char* op, Device on) : op_(op), on_(on) {
     for (const py::handle& item : list) {
       holders_.emplace_back().borrow(item);
       add(holders_.back().view);
@@ -85,7 +86,7 @@ class Tables {
   };
 
   void add(const TensorView& view) {
-    expect(view, op_, "codebooks", {DType::f32, DType::f16, DType::bf16, DType::f64}, -1);
+    expect(view, op_, "codebooks", {DType::f32, DType::f16, DType::bf16, DType::f64}, -1, on_);
     if (view.rank != 2 && view.rank != 3)
       bad_value(op_, "codebooks have shape " + shape_text(view) + ", expected 2 or 3 dimensions");
     const int64_t columns = view.shape[view.rank - 1], levels = view.shape[view.rank - 2];
@@ -98,6 +99,8 @@ class Tables {
       bad_value(op_, "codebooks have " + std::to_string(levels) + " rows");
     const int64_t count = view.rank == 3 ? view.shape[0] : 1, size = size_of(dtype);
     const int64_t row_stride = view.strides[view.rank - 2], stride = view.strides[view.rank - 1];
+    if (on_.is_cuda() && stride != 1 && width > 1)
+      bad_value(op_, "codebooks have columns apart, expected ones next to each other");
     for (int64_t m = 0; m < count; ++m) {
       const int64_t at = view.rank == 3 ? m * view.strides[0] : 0;
       if (stride != 1 && width > 1) turned_.push_back({tables.size(), row_stride, stride});
@@ -108,6 +111,7 @@ class Tables {
   }
 
   const char* op_;
+  const Device on_;
   std::deque<ViewHolder> holders_;
   std::vector<Turned> turned_;
   std::deque<std::vector<char>> copies_;
@@ -115,178 +119,253 @@ class Tables {
 
 struct LookupArguments {
   Lookup p;
+  const Device on;
   Tables tables;
   std::vector<int64_t> bags;
+  Codes device_bags;
+  bool cuda;  // the CUDA kernels run
 
   LookupArguments(const char* op, const TensorView& codes, const py::sequence& list,
-                  const Optional& weights, const Optional& offsets, const std::string& combine)
-      : tables(list, op) {
+                  const Optional& weights, const Optional& offsets, const std::string& combine,
+                  const Optional& scratch)
+      : on(device_of(codes)), tables(list, op, on) {
     p.op = op;
-    p.codes = codes_of(codes, op, "codes", 2);
+    p.codes = codes_of(codes, op, "codes", 2, on);
     const int64_t count = static_cast<int64_t>(tables.tables.size());
     if (p.codes.columns != count)
       bad_value(op, "codes have " + std::to_string(p.codes.columns) + " columns but there are " +
                         std::to_string(count) + " codebooks");
     p.width = tables.width, p.dtype = tables.dtype;
+    cuda = runs_cuda(on, p.dtype != DType::f64, op, "float64") && (on.is_cuda() || scratch);
     if (combine == "concat") p.combine = Combine::concat;
     else if (combine == "sum") p.combine = Combine::sum;
     else if (combine == "mean") p.combine = Combine::mean;
     else if (combine == "product") p.combine = Combine::product;
     else bad_value(op, "combine is '" + combine + "', expected concat, sum, mean or product");
-    if (weights) {
-      if (p.dtype == DType::f64) expect(*weights, op, "weights", {DType::f64}, 2);
-      else expect(*weights, op, "weights", {DType::f32, DType::f16, DType::bf16}, 2);
-      expect_shape(*weights, op, "weights", {p.codes.rows, count});
-      static const float nothing = 0;  // an empty array has no address
-      p.weights = weights->data ? weights->data : &nothing;
-      p.weights_dtype = weights->dtype;
-      p.weight_row_stride = weights->strides[0], p.weight_stride = weights->strides[1];
-    }
-    if (offsets) {
-      bags = lists::integers(*offsets, op, "offsets");
-      const int64_t rows = p.codes.rows;
-      if (bags.empty() ? rows != 0 : bags[0] != 0)
-        bad_value(op, "offsets " +
+    if (weights) take_weights(*weights);
+    if (offsets) take_offsets(*offsets);
+  }
+
+  const Codes* offsets() const { return p.bags || device_bags.data ? &device_bags : nullptr; }
+  int64_t outputs() const { return offsets() ? device_bags.rows : p.codes.rows; }
+
+  // Without the GIL. Contents are looked at where that needs no wait.
+  void prepare() {
+    tables.turn();
+    p.tables = tables.tables;
+    if (!cuda || on.is_cuda()) return;
+    std::vector<int64_t> sizes;
+    for (const Table& table : p.tables) sizes.push_back(table.rows);
+    refuse_codes(p.op, p.codes, sizes.data());
+  }
+
+ private:
+  void take_weights(const TensorView& weights) {
+    if (p.dtype == DType::f64) expect(weights, p.op, "weights", {DType::f64}, 2, on);
+    else expect(weights, p.op, "weights", {DType::f32, DType::f16, DType::bf16}, 2, on);
+    expect_shape(weights, p.op, "weights", {p.codes.rows, p.codes.columns});
+    static const float nothing = 0;  // an empty array has no address
+    p.weights = weights.data ? weights.data : &nothing;
+    p.weights_dtype = weights.dtype;
+    p.weight_row_stride = weights.strides[0], p.weight_stride = weights.strides[1];
+  }
+
+  void take_offsets(const TensorView& offsets) {
+    expect(offsets, p.op, "offsets", {DType::i32, DType::i64}, 1, on);
+    static const int64_t nothing = 0;
+    device_bags = codes_of(offsets, p.op, "offsets", 1, on);
+    if (!device_bags.data) device_bags.data = &nothing;
+    if (on.is_cuda()) return;
+    bags = lists::integers(offsets, p.op, "offsets");
+    const int64_t rows = p.codes.rows;
+    if (bags.empty() ? rows != 0 : bags[0] != 0)
+      bad_value(p.op, "offsets " +
                           (bags.empty() ? std::string("are empty")
                                         : "begin with " + std::to_string(bags[0])) +
                           ", expected 0 first");
-      for (size_t b = 0; b < bags.size(); ++b) {
-        const int64_t next = b + 1 < bags.size() ? bags[b + 1] : rows;
-        if (bags[b] > next)
-          bad_value(op, "offsets descend from " + std::to_string(bags[b]) + " to " +
+    for (size_t b = 0; b < bags.size(); ++b) {
+      const int64_t next = b + 1 < bags.size() ? bags[b + 1] : rows;
+      if (bags[b] > next)
+        bad_value(p.op, "offsets descend from " + std::to_string(bags[b]) + " to " +
                             std::to_string(next) + ", expected rising ones up to " +
                             std::to_string(rows) + " rows");
-      }
-      p.bag_count = static_cast<int64_t>(bags.size());
-      bags.push_back(rows);
-      p.bags = bags.data();
     }
-  }
-
-  void run() {
-    tables.turn();
-    p.tables = tables.tables;
+    p.bag_count = static_cast<int64_t>(bags.size());
+    bags.push_back(rows);
+    p.bags = bags.data();
   }
 };
 
 void bind_lookups(py::module_& m) {
-  m.def("pq_lookup",
-        [](const TensorView& codes, const py::sequence& codebooks, const Optional& weights,
-           const Optional& offsets, const std::string& combine, const TensorView& out) {
-          const char* op = "pq.lookup";
-          LookupArguments a(op, codes, codebooks, weights, offsets, combine);
-          expect_output(out, op, "out", a.p.dtype, {a.p.outputs(), a.p.out_width()});
-          Writes writes(op);
-          writes.input("codes", codes);
-          writes.input("weights", weights);
-          for (const ViewHolder& table : a.tables.holders()) writes.input("codebooks", table.view);
-          writes.output("out", out);
-          writes.finish();
-          py::gil_scoped_release release;
-          a.run();
-          lookup(a.p, out.data);
-        });
-  m.def("pq_lookup_backward",
-        [](const TensorView& d_out, const TensorView& codes, const py::sequence& codebooks,
-           const Optional& weights, const Optional& offsets, const std::string& combine,
-           const Optional& d_tables, const Optional& d_weights) {
-          const char* op = "pq.lookup";
-          LookupArguments a(op, codes, codebooks, weights, offsets, combine);
-          if (a.p.dtype == DType::f64) expect(d_out, op, "d_out", {DType::f64}, 2);
-          else expect(d_out, op, "d_out", {DType::f32, DType::f16, DType::bf16}, 2);
-          expect_shape(d_out, op, "d_out", {a.p.outputs(), a.p.out_width()});
-          if (d_out.shape[1] > 1 && d_out.strides[1] != 1)
-            bad_value(op, "d_out has columns apart, expected ones next to each other");
-          Writes writes(op);
-          writes.input("d_out", d_out);
-          writes.input("codes", codes);
-          writes.input("weights", weights);
-          for (const ViewHolder& table : a.tables.holders()) writes.input("codebooks", table.view);
-          LookupGradients g = {d_out.data, d_out.dtype, d_out.strides[0], nullptr, nullptr};
-          if (d_tables) {
-            expect_output(*d_tables, op, "d_tables", wide(a.p.dtype), {a.tables.rows, a.p.width});
-            writes.output("d_tables", *d_tables);
-            g.d_tables = d_tables->data;
-          }
-          if (d_weights) {
-            expect_output(*d_weights, op, "d_weights", wide(a.p.dtype),
-                          {a.p.codes.rows, a.p.codes.columns});
-            writes.output("d_weights", *d_weights);
-            g.d_weights = d_weights->data;
-          }
-          writes.finish();
-          py::gil_scoped_release release;
-          a.run();
-          lookup_backward(a.p, g);
-        });
+  m.def(
+      "pq_lookup",
+      [](const TensorView& codes, const py::sequence& codebooks, const Optional& weights,
+         const Optional& offsets, const std::string& combine, const TensorView& out,
+         const Optional& scratch, uintptr_t stream) {
+        const char* op = "pq.lookup";
+        LookupArguments a(op, codes, codebooks, weights, offsets, combine, scratch);
+        expect_output(out, op, "out", a.p.dtype, {a.outputs(), a.p.out_width()}, a.on);
+        Writes writes(op);
+        writes.input("codes", codes);
+        writes.input("weights", weights);
+        for (const ViewHolder& table : a.tables.holders()) writes.input("codebooks", table.view);
+        writes.output("out", out);
+        writes.finish();
+        py::gil_scoped_release release;
+        a.prepare();
+        if (!a.cuda) return lookup(a.p, out.data);
+        cuda::lookup(stream_of(a.on, stream), a.p, a.offsets(), out.data,
+                     scratch_of(scratch, op, cuda::lookup_scratch(a.p.subspaces()), a.on));
+      },
+      py::arg("codes"), py::arg("codebooks"), py::arg("weights"), py::arg("offsets"),
+      py::arg("combine"), py::arg("out"), py::arg("scratch") = py::none(), py::arg("stream") = 0);
+  m.def(
+      "pq_lookup_backward",
+      [](const TensorView& d_out, const TensorView& codes, const py::sequence& codebooks,
+         const Optional& weights, const Optional& offsets, const std::string& combine,
+         const Optional& d_tables, const Optional& d_weights, const Optional& scratch,
+         uintptr_t stream) {
+        const char* op = "pq.lookup";
+        LookupArguments a(op, codes, codebooks, weights, offsets, combine, scratch);
+        if (a.p.dtype == DType::f64) expect(d_out, op, "d_out", {DType::f64}, 2, a.on);
+        else expect(d_out, op, "d_out", {DType::f32, DType::f16, DType::bf16}, 2, a.on);
+        expect_shape(d_out, op, "d_out", {a.outputs(), a.p.out_width()});
+        if (d_out.shape[1] > 1 && d_out.strides[1] != 1)
+          bad_value(op, "d_out has columns apart, expected ones next to each other");
+        Writes writes(op);
+        writes.input("d_out", d_out);
+        writes.input("codes", codes);
+        writes.input("weights", weights);
+        for (const ViewHolder& table : a.tables.holders()) writes.input("codebooks", table.view);
+        LookupGradients g = {d_out.data, d_out.dtype, d_out.strides[0], nullptr, nullptr};
+        if (d_tables) {
+          expect_output(*d_tables, op, "d_tables", wide(a.p.dtype), {a.tables.rows, a.p.width},
+                        a.on);
+          writes.output("d_tables", *d_tables);
+          g.d_tables = d_tables->data;
+        }
+        if (d_weights) {
+          expect_output(*d_weights, op, "d_weights", wide(a.p.dtype),
+                        {a.p.codes.rows, a.p.codes.columns}, a.on);
+          writes.output("d_weights", *d_weights);
+          g.d_weights = d_weights->data;
+        }
+        writes.finish();
+        py::gil_scoped_release release;
+        a.prepare();
+        if (!a.cuda) return lookup_backward(a.p, g);
+        const int64_t bytes = cuda::lookup_backward_scratch(
+            a.p.codes.rows, a.p.subspaces(), a.tables.rows, a.p.width, g.d_tables != nullptr);
+        cuda::lookup_backward(stream_of(a.on, stream), a.p, a.offsets(), g,
+                              scratch_of(scratch, op, bytes, a.on));
+      },
+      py::arg("d_out"), py::arg("codes"), py::arg("codebooks"), py::arg("weights"),
+      py::arg("offsets"), py::arg("combine"), py::arg("d_tables"), py::arg("d_weights"),
+      py::arg("scratch") = py::none(), py::arg("stream") = 0);
+  m.def("pq_lookup_scratch", &cuda::lookup_scratch);
+  m.def("pq_lookup_backward_scratch", &cuda::lookup_backward_scratch);
 }
 
 // --- Sums of table entries
 // ------------------------------------------------------------------------
 
+void refuse_levels(const char* op, const Codes& codes, int64_t levels) {
+  refuse_codes(op, codes, std::vector<int64_t>(codes.columns, levels).data());
+}
+
 void bind_table_sums(py::module_& m) {
-  m.def("pq_score_tables", [](const TensorView& queries, const TensorView& codebooks,
-                              const std::string& metric, const TensorView& tables) {
-    const char* op = "pq.adc";
-    expect(queries, op, "queries", {DType::f32, DType::f64}, 2);
-    expect(codebooks, op, "codebooks", {queries.dtype}, 3);
-    if (metric != "l2" && metric != "ip")
-      bad_value(op, "metric is '" + metric + "', expected l2 or ip");
-    ScoreTables p = {};
-    p.dtype = queries.dtype;
-    p.queries = queries.shape[0];
-    p.subspaces = codebooks.shape[0], p.levels = codebooks.shape[1], p.width = codebooks.shape[2];
-    expect_shape(queries, op, "queries", {p.queries, p.subspaces * p.width});
-    p.q = queries.data, p.q_row_stride = queries.strides[0], p.q_stride = queries.strides[1];
-    p.codebooks = codebooks.data;
-    for (int i = 0; i < 3; ++i) p.c_stride[i] = codebooks.strides[i];
-    p.inner_product = metric == "ip";
-    expect_output(tables, op, "tables", p.dtype, {p.queries, p.subspaces, p.levels});
-    Writes writes(op);
-    writes.input("queries", queries);
-    writes.input("codebooks", codebooks);
-    writes.output("tables", tables);
-    writes.finish();
-    py::gil_scoped_release release;
-    score_tables(p, tables.data);
-  });
-  m.def("pq_table_sum",
-        [](const TensorView& tables, const TensorView& view, const TensorView& out) {
-          const char* op = "pq.adc";
-          expect(tables, op, "tables", {DType::f32, DType::f64}, 3);
-          if (!is_contiguous(tables)) bad_value(op, "tables are not contiguous");
-          const Codes codes = codes_of(view, op, "codes", 2);
-          const int64_t queries = tables.shape[0], levels = tables.shape[2];
-          expect_shape(tables, op, "tables", {queries, codes.columns, levels});
-          if (levels > kMostTableRows) bad_value(op, "tables have too many levels");
-          expect_output(out, op, "out", tables.dtype, {queries, codes.rows});
-          Writes writes(op);
-          writes.input("tables", tables);
-          writes.input("codes", view);
-          writes.output("out", out);
-          writes.finish();
-          py::gil_scoped_release release;
-          table_sum(op, tables.data, tables.dtype, queries, levels, codes, out.data);
-        });
-  m.def("pq_table_sum_backward",
-        [](const TensorView& d_out, const TensorView& view, const TensorView& d_tables) {
-          const char* op = "pq.adc";
-          expect(d_out, op, "d_out", {DType::f32, DType::f64}, 2);
-          const Codes codes = codes_of(view, op, "codes", 2);
-          expect(d_tables, op, "d_tables", {d_out.dtype}, 3);
-          const int64_t queries = d_out.shape[0], levels = d_tables.shape[2];
-          expect_shape(d_out, op, "d_out", {queries, codes.rows});
-          if (levels > kMostTableRows) bad_value(op, "tables have too many levels");
-          expect_output(d_tables, op, "d_tables", d_out.dtype, {queries, codes.columns, levels});
-          Writes writes(op);
-          writes.input("d_out", d_out);
-          writes.input("codes", view);
-          writes.output("d_tables", d_tables);
-          writes.finish();
-          py::gil_scoped_release release;
-          table_sum_backward(op, d_out.data, d_out.dtype, d_out.strides[0], d_out.strides[1],
-                             queries, levels, codes, d_tables.data);
-        });
+  m.def(
+      "pq_score_tables",
+      [](const TensorView& queries, const TensorView& codebooks, const std::string& metric,
+         const TensorView& tables, uintptr_t stream) {
+        const char* op = "pq.adc";
+        const Device on = device_of(queries);
+        expect(queries, op, "queries", {DType::f32, DType::f64}, 2, on);
+        expect(codebooks, op, "codebooks", {queries.dtype}, 3, on);
+        if (metric != "l2" && metric != "ip")
+          bad_value(op, "metric is '" + metric + "', expected l2 or ip");
+        ScoreTables p = {};
+        p.dtype = queries.dtype;
+        p.queries = queries.shape[0];
+        p.subspaces = codebooks.shape[0], p.levels = codebooks.shape[1],
+        p.width = codebooks.shape[2];
+        expect_shape(queries, op, "queries", {p.queries, p.subspaces * p.width});
+        p.q = queries.data, p.q_row_stride = queries.strides[0], p.q_stride = queries.strides[1];
+        p.codebooks = codebooks.data;
+        for (int i = 0; i < 3; ++i) p.c_stride[i] = codebooks.strides[i];
+        p.inner_product = metric == "ip";
+        expect_output(tables, op, "tables", p.dtype, {p.queries, p.subspaces, p.levels}, on);
+        Writes writes(op);
+        writes.input("queries", queries);
+        writes.input("codebooks", codebooks);
+        writes.output("tables", tables);
+        writes.finish();
+        py::gil_scoped_release release;
+        if (!runs_cuda(on, p.dtype != DType::f64, op, "float64"))
+          return score_tables(p, tables.data);
+        cuda::score_tables(stream_of(on, stream), p, static_cast<float*>(tables.data));
+      },
+      py::arg("queries"), py::arg("codebooks"), py::arg("metric"), py::arg("tables"),
+      py::arg("stream") = 0);
+  m.def(
+      "pq_table_sum",
+      [](const TensorView& tables, const TensorView& view, const TensorView& out,
+         uintptr_t stream) {
+        const char* op = "pq.adc";
+        const Device on = device_of(tables);
+        expect(tables, op, "tables", {DType::f32, DType::f64}, 3, on);
+        if (!is_contiguous(tables)) bad_value(op, "tables are not contiguous");
+        const Codes codes = codes_of(view, op, "codes", 2, on);
+        const int64_t queries = tables.shape[0], levels = tables.shape[2];
+        expect_shape(tables, op, "tables", {queries, codes.columns, levels});
+        if (levels > kMostTableRows) bad_value(op, "tables have too many levels");
+        expect_output(out, op, "out", tables.dtype, {queries, codes.rows}, on);
+        Writes writes(op);
+        writes.input("tables", tables);
+        writes.input("codes", view);
+        writes.output("out", out);
+        writes.finish();
+        py::gil_scoped_release release;
+        if (!runs_cuda(on, tables.dtype != DType::f64, op, "float64"))
+          return table_sum(op, tables.data, tables.dtype, queries, levels, codes, out.data);
+        if (!on.is_cuda()) refuse_levels(op, codes, levels);
+        cuda::table_sum(stream_of(on, stream), static_cast<const float*>(tables.data), queries,
+                        levels, codes, static_cast<float*>(out.data));
+      },
+      py::arg("tables"), py::arg("codes"), py::arg("out"), py::arg("stream") = 0);
+  m.def(
+      "pq_table_sum_backward",
+      [](const TensorView& d_out, const TensorView& view, const TensorView& d_tables,
+         const Optional& scratch, uintptr_t stream) {
+        const char* op = "pq.adc";
+        const Device on = device_of(d_out);
+        expect(d_out, op, "d_out", {DType::f32, DType::f64}, 2, on);
+        const Codes codes = codes_of(view, op, "codes", 2, on);
+        expect(d_tables, op, "d_tables", {d_out.dtype}, 3, on);
+        const int64_t queries = d_out.shape[0], levels = d_tables.shape[2];
+        expect_shape(d_out, op, "d_out", {queries, codes.rows});
+        if (levels > kMostTableRows) bad_value(op, "tables have too many levels");
+        expect_output(d_tables, op, "d_tables", d_out.dtype, {queries, codes.columns, levels}, on);
+        Writes writes(op);
+        writes.input("d_out", d_out);
+        writes.input("codes", view);
+        writes.output("d_tables", d_tables);
+        writes.finish();
+        py::gil_scoped_release release;
+        if (!runs_cuda(on, d_out.dtype != DType::f64, op, "float64") || !(on.is_cuda() || scratch))
+          return table_sum_backward(op, d_out.data, d_out.dtype, d_out.strides[0], d_out.strides[1],
+                                    queries, levels, codes, d_tables.data);
+        if (!on.is_cuda()) refuse_levels(op, codes, levels);
+        const int64_t bytes =
+            cuda::table_sum_backward_scratch(codes.rows, codes.columns, queries, levels);
+        cuda::table_sum_backward(stream_of(on, stream), static_cast<const float*>(d_out.data),
+                                 d_out.strides[0], d_out.strides[1], queries, levels, codes,
+                                 static_cast<float*>(d_tables.data),
+                                 scratch_of(scratch, op, bytes, on));
+      },
+      py::arg("d_out"), py::arg("codes"), py::arg("d_tables"), py::arg("scratch") = py::none(),
+      py::arg("stream") = 0);
+  m.def("pq_table_sum_backward_scratch", &cuda::table_sum_backward_scratch);
 }
 
 // --- Codes

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import dtype_name, is_numpy
+from pentad._arrays import dtype_name, is_numpy, on_device
 from pentad._checks import FLOATS, check_choice, check_dtype
 from pentad.pq import _exact
 from pentad.pq.lookup import INTEGERS
@@ -46,7 +46,8 @@ def adc(queries, codes, codebooks, *, metric="l2"):
     Raises
     ------
     ValueError
-        For a code that has no row, or sizes that do not match.
+        For a code that has no row (on a CUDA device, whose codes are not looked at, its score is
+        NaN), or sizes that do not match.
     TypeError
         For codes that are no integers, or queries and codebooks that are no floats.
 
@@ -61,7 +62,7 @@ def adc(queries, codes, codebooks, *, metric="l2"):
     array([[36., 38.]], dtype=float32)
     """
     op = "pq.adc"
-    numpy = is_numpy(op, queries=queries, codes=codes, codebooks=codebooks)
+    numpy = is_numpy(op, cuda=True, queries=queries, codes=codes, codebooks=codebooks)
     check_choice(op, "metric", metric, METRICS)
     check_dtype(op, "queries", queries, FLOATS)
     check_dtype(op, "codebooks", codebooks, FLOATS)
@@ -132,11 +133,11 @@ def _cosines(products, queries, squares):
 
 def _tables(queries, codebooks, metric):
     tables = np.empty((len(queries), *codebooks.shape[:2]), queries.dtype)
-    _C.pq_score_tables(queries, codebooks, metric, tables)
+    _C.pq_score_tables(queries, codebooks, metric, tables, *on_device(queries))
     return tables
 
 
 def _table_sum(tables, codes):
     out = np.empty((len(tables), len(codes)), tables.dtype)
-    _C.pq_table_sum(tables, codes, out)
+    _C.pq_table_sum(tables, codes, out, *on_device(tables))
     return out

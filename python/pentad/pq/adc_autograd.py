@@ -4,6 +4,7 @@
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 from pentad._ops import define, needs_grad, quick_apply, spread
 
 # --- Tables of scores -----------------------------------------------------------------------------
@@ -15,7 +16,7 @@ def _empty_tables(queries, codebooks, metric):
 
 def _tables(queries, codebooks, metric):
     tables = _empty_tables(queries, codebooks, metric)
-    _C.pq_score_tables(queries, codebooks, metric, tables)
+    _C.pq_score_tables(queries, codebooks, metric, tables, *on_device(queries))
     return tables
 
 
@@ -23,6 +24,7 @@ tables_op = define(
     "pq_score_tables(Tensor queries, Tensor codebooks, str metric) -> Tensor",
     _tables,
     _empty_tables,
+    cuda=True,
 )
 
 
@@ -78,7 +80,7 @@ def _empty_sums(tables, codes):
 
 def _sums(tables, codes):
     out = _empty_sums(tables, codes)
-    _C.pq_table_sum(tables.contiguous(), codes, out)
+    _C.pq_table_sum(tables.contiguous(), codes, out, *on_device(tables))
     return out
 
 
@@ -88,15 +90,20 @@ def _empty_sums_gradient(d_out, codes, levels):
 
 def _sums_backward(d_out, codes, levels):
     d_tables = _empty_sums_gradient(d_out, codes, levels)
-    _C.pq_table_sum_backward(d_out, codes, d_tables)
+    sizes = (*codes.shape, d_out.shape[0], levels)
+    device = on_device(d_out, _C.pq_table_sum_backward_scratch, *sizes)
+    _C.pq_table_sum_backward(d_out, codes, d_tables, *device)
     return d_tables
 
 
-sums_op = define("pq_table_sum(Tensor tables, Tensor codes) -> Tensor", _sums, _empty_sums)
+sums_op = define(
+    "pq_table_sum(Tensor tables, Tensor codes) -> Tensor", _sums, _empty_sums, cuda=True
+)
 sums_backward = define(
     "pq_table_sum_backward(Tensor d_out, Tensor codes, SymInt levels) -> Tensor",
     _sums_backward,
     _empty_sums_gradient,
+    cuda=True,
 )
 
 

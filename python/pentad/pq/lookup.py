@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import dtype_name, is_numpy
+from pentad._arrays import dtype_name, is_numpy, on_device
 from pentad._checks import FLOATS, check_choice, check_dtype
 
 COMBINATIONS = ("concat", "sum", "mean", "product")
@@ -51,7 +51,8 @@ def lookup(codes, codebooks, *, combine="concat", weights=None, offsets=None):
     ------
     ValueError
         For a code that has no row, columns that are not as many as the codebooks, or offsets that
-        do not begin with 0, descend, or pass the last row.
+        do not begin with 0, descend, or pass the last row. On a CUDA device codes and offsets are
+        not looked at: such a code gives NaN, and offsets are brought into the rows.
     TypeError
         For codes that are no integers, or codebooks that are not of one float dtype.
 
@@ -103,7 +104,8 @@ def _forward(codes, tables, weights, offsets, combine):
     rows, width = len(codes if offsets is None else offsets), tables[0].shape[-1]
     columns = width * codes.shape[1] if combine == "concat" else width
     out = np.empty((rows, columns), tables[0].dtype)
-    _C.pq_lookup(codes, tables, weights, offsets, combine, out)
+    device = on_device(codes, _C.pq_lookup_scratch, codes.shape[1])
+    _C.pq_lookup(codes, tables, weights, offsets, combine, out, *device)
     return out
 
 
@@ -113,9 +115,8 @@ def _check_kinds(op, codes, tables, weights, offsets):
     named = {"codebooks": tables[0]}
     if len(tables) > 1:
         named = {f"codebooks[{m}]": table for m, table in enumerate(tables)}
-    return is_numpy(
-        op, codes=codes, weights=weights, offsets=offsets, optional=("weights", "offsets"), **named
-    )
+    named |= {"codes": codes, "weights": weights, "offsets": offsets}
+    return is_numpy(op, cuda=True, optional=("weights", "offsets"), **named)
 
 
 def _check_tables(op, tables, ragged):

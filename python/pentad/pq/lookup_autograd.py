@@ -4,6 +4,7 @@
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 from pentad._ops import define, needs_grad, quick_apply, spread
 
 
@@ -20,8 +21,16 @@ def _empty(codes, tables, weights, offsets, combine):
 
 def _forward(codes, tables, weights, offsets, combine):
     out = _empty(codes, tables, weights, offsets, combine)
-    _C.pq_lookup(codes, tables, weights, offsets, combine, out)
+    device = on_device(codes, _C.pq_lookup_scratch, codes.shape[1])
+    _C.pq_lookup(codes, _in_rows(tables), weights, offsets, combine, out, *device)
     return out
+
+
+def _in_rows(tables):
+    """Tables as they are, or on a device, where the kernels do not copy, with rows in one piece."""
+    if not tables[0].is_cuda:
+        return tables
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tables]
 
 
 def _empty_gradients(d_out, codes, tables, weights, offsets, combine, wanted):
@@ -40,16 +49,21 @@ def _backward(d_out, codes, tables, weights, offsets, combine, wanted):
     written = (g if want else None for g, want in zip(gradients, wanted, strict=True))
     if d_out.shape[1] > 1 and d_out.stride(1) != 1:  # as the expanded gradient of a sum has it
         d_out = d_out.clone(memory_format=torch.contiguous_format)
-    _C.pq_lookup_backward(d_out, codes, tables, weights, offsets, combine, *written)
+    rows, width = sum(t.shape[:-1].numel() for t in tables), tables[0].shape[-1]
+    sizes = (*codes.shape, rows, width, wanted[0])
+    device = on_device(codes, _C.pq_lookup_backward_scratch, *sizes)
+    tables = _in_rows(tables)
+    _C.pq_lookup_backward(d_out, codes, tables, weights, offsets, combine, *written, *device)
     return gradients
 
 
 _LOOKUP = "Tensor codes, Tensor[] tables, Tensor? weights, Tensor? offsets, str combine"
-forward = define(f"pq_lookup({_LOOKUP}) -> Tensor", _forward, _empty)
+forward = define(f"pq_lookup({_LOOKUP}) -> Tensor", _forward, _empty, cuda=True)
 backward = define(
     f"pq_lookup_backward(Tensor d_out, {_LOOKUP}, bool[] wanted) -> (Tensor, Tensor)",
     _backward,
     _empty_gradients,
+    cuda=True,
 )
 
 

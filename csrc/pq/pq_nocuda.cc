@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// In place of the *.cu files of this folder where no CUDA compiler was found.
+#include "pq/lookup_cuda.h"
+
+namespace pentad::pq::cuda {
+namespace {
+
+[[noreturn]] void missing() { throw DeviceError("this build of pentad has no CUDA kernels"); }
+
+}  // namespace
+
+int64_t lookup_scratch(int64_t) { missing(); }
+void lookup(const CudaStream&, const Lookup&, const Codes*, void*, void*) { missing(); }
+int64_t lookup_backward_scratch(int64_t, int64_t, int64_t, int64_t, bool) { missing(); }
+void lookup_backward(const CudaStream&, const Lookup&, const Codes*, const LookupGradients&,
+                     void*) {
+  missing();
+}
+void score_tables(const CudaStream&, const ScoreTables&, float*) { missing(); }
+void table_sum(const CudaStream&, const float*, int64_t, int64_t, const Codes&, float*) {
+  missing();
+}
+int64_t table_sum_backward_scratch(int64_t, int64_t, int64_t, int64_t) { missing(); }
+void table_sum_backward(const CudaStream&, const float*, int64_t, int64_t, int64_t, int64_t,
+                        const Codes&, float*, void*) {
+  missing();
+}
+
+}  // namespace pentad::pq::cuda
