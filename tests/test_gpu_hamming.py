@@ -16,6 +16,7 @@ from gpu import (
     on_gpu,
     to_numpy,
 )
+from hamming_index_cases import whole_vectors
 
 import pentad
 from pentad import hamming as H
@@ -46,6 +47,27 @@ def test_same_results_of_packing_every_type(rng, dtype, dim):
     if dtype != "bool":
         check_results(lambda c: H.unpack(c, dim, x.dtype), (H.pack(x),))
     check_results(lambda c: H.permute(c, dim, 5), (H.pack(x),))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dim", [100, 128])
+def test_same_results_of_an_index(rng, metric, dim):
+    index = H.BinaryIndex(dim, metric=metric, store="int8")
+    index.add(whole_vectors(rng, 800, dim), rng.permutation(3000)[:800])
+    there, queries = index.to("cuda"), whole_vectors(rng, 6, dim)
+    keep = rng.random(800) < 0.5
+    for asked in (queries, H.pack(queries)):
+        for chosen in (None, keep, index.ids[keep]):
+            got = there.search(on_gpu(asked), 9, filter=chosen)
+            assert_same(to_numpy(tuple(got)), tuple(index.search(asked, 9, filter=chosen)))
+        radius = 0.7 if metric == "jaccard" else dim * 0.3
+        got = there.range_search(on_gpu(asked), radius, filter=keep)
+        assert_same(to_numpy(got), index.range_search(asked, radius, filter=keep))
+    for by in ("bits", "store"):
+        got = there.search(on_gpu(queries), 9, rescore=by)
+        assert_same(to_numpy(tuple(got)), tuple(index.search(queries, 9, rescore=by)))
+    with pytest.raises(pentad.DeviceError, match="is on cpu"):
+        there.search(torch.from_numpy(queries), 1)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -111,6 +133,20 @@ def test_streams(rng):
 
 def test_graph_capture(rng):
     check_captured(search, pair(rng), pair(rng))
+
+
+def test_an_index_in_a_graph(rng):
+    index = H.BinaryIndex(256, store="float16")
+    index.add(whole_vectors(rng, 5000, 256))
+    there, keep = index.to("cuda"), rng.random(5000) < 0.5
+
+    def search(queries, keep):
+        some = index if queries.device.type == "cpu" else there
+        return some.search(queries, 8, filter=keep, rescore="store")
+
+    first, second = (whole_vectors(rng, 4, 256) for _ in range(2))
+    check_captured(search, (first, keep), (second, ~keep))
+    check_streams(search, (first, keep), (second, ~keep))
 
 
 def test_compiled(rng):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a built wheel: what its extension links, and that it works beside numpy alone.
+"""Check a built wheel: its size, what its extension links, that it works beside numpy alone.
 
 python tools/check_wheel.py dist/pentad-*.whl
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 ROOT = Path(__file__).parent.parent
+LARGEST = 60e6  # bytes, with the CUDA kernels of every architecture
 ALLOWED = re.compile(r"(libstdc\+\+|libgcc_s|lib(c|m|dl|pthread|rt)|ld-linux-.*)\.so\.\d+")
 
 
@@ -28,6 +29,7 @@ def linked(wheel: Path) -> None:
     assert not foreign, f"{wheel.name} needs {foreign}"
     paths = [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
     assert not paths, f"{wheel.name} has {paths}"
+    assert wheel.stat().st_size < LARGEST, f"{wheel.name} has {wheel.stat().st_size} bytes"
     print(f"{wheel.name} ({wheel.stat().st_size / 1e6:.1f} MB) needs {', '.join(needed)}; no RPATH")
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an installed wheel must do beside numpy alone: import, search, save and load."""
+"""What an installed wheel must do beside numpy alone: import, search, save and load; and, with CUDA
+kernels but no device, say so."""
 
 import sys
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import pentad
+from pentad import _C
 from pentad.hamming import BinaryIndex
 from pentad.pq import ScalarIndex
 from pentad.sparse import SparseIndex
@@ -27,4 +29,16 @@ with tempfile.TemporaryDirectory() as folder:
         index.save(Path(folder, "index"))
         loaded = type(index).load(Path(folder, "index"), mmap=False)
         assert (loaded.search(asked, 3).ids == index.search(asked, 3).ids).all()
+if _C.cuda_built() and not _C.cuda_devices():
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    from device_array import DeviceArray
+
+    codes, out = DeviceArray(np.zeros((2, 8), np.uint8)), DeviceArray(np.zeros((2, 2), np.int32))
+    scratch = DeviceArray(np.zeros(_C.hamming_distance_scratch(2, 2), np.uint8))
+    try:
+        _C.hamming_distance(codes, codes, "hamming", out, scratch)
+    except pentad.DeviceError as error:
+        print("CUDA kernels are built in, and without a device refuse:", error)
+    else:
+        raise AssertionError("a CUDA kernel ran without a device")
 print("imports, searches, saves and loads beside numpy alone:", pentad.__version__, pentad.isa())

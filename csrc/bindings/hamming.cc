@@ -504,7 +504,7 @@ void py_dot_candidates(const TensorView& x, const TensorView& vectors, const Opt
     bad_value(op, "vectors have shape " + shape_text(vectors) + ", expected contiguous (n, " +
                       std::to_string(queries.cols) + ")");
   const float* scales = column<float>(scale, op, "scale", DType::f32, rows, on);
-  if (vectors.dtype == DType::i8 && !scales) bad_value(op, "int8 vectors need a scale");
+  if (vectors.dtype == DType::i8 && !scale) bad_value(op, "int8 vectors need a scale");
   const auto* p = candidates_of(candidates, queries.rows, rows, op, on);
   expect_output(out, op, "out", DType::f32, {queries.rows, c}, on);
   auto* scores = static_cast<float*>(out.data);

@@ -9,7 +9,7 @@ import numpy as np
 from pentad import _file
 from pentad._arrays import like, to_numpy
 from pentad._checks import check_choice
-from pentad._errors import FormatError
+from pentad._errors import DeviceError, FormatError
 from pentad._rows import STORES, Layout, Rows, best_scores
 
 
@@ -317,6 +317,42 @@ class Index:
             )
         scores, found = view._best(given, candidates, by, candidates.shape[1])
         return SearchResult(view._like(queries, scores), view._like(queries, found))
+
+    # --- On a device ------------------------------------------------------------------------------
+
+    def to(self, device):
+        """The present rows, in the memory of a CUDA device, to be searched there.
+
+        Parameters
+        ----------
+        device : str or torch.device
+            "cuda", "cuda:1"; for "cpu" the index itself.
+
+        Returns
+        -------
+        An index on the device
+            It has `search`, `range_search` and `rescore` of this one, with the same arguments and
+            results, as tensors on the device; `ids`, `device` and a length. It never changes: later
+            changes of this index do not reach it.
+
+            Its searches put their work on the current stream and do not wait for it, but for
+            `range_search`, which needs the number of hits. So what only the values could tell is
+            not refused: NaNs in queries, or ids that are unknown.
+
+        Raises
+        ------
+        DeviceError
+            Without such a device, or where this kind of index has no kernels for one.
+        """
+        from pentad._device_index import cuda_device
+
+        device = cuda_device(self._op("to"), device)
+        return self if device is None else self._view()._on_device(device)
+
+    def _on_device(self, device):
+        raise DeviceError(
+            f"[{self._op('to')}] there are no CUDA kernels for this kind of index, only CPU ones"
+        )
 
     # --- Files ------------------------------------------------------------------------------------
 

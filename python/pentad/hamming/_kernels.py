@@ -150,6 +150,20 @@ def topk_score(x, codes, k, mask):
     return values, ids
 
 
+def score_candidates(x, codes, rows):
+    """float32 scores of the rows (nq, c) of codes on a device; -inf where there is none."""
+    out = empty_like(x, rows.shape, "float32")
+    _C.hamming_score_candidates(x, codes, codes.shape[0], rows, out, *on_device(x))
+    return out
+
+
+def dot_candidates(x, vectors, scale, rows):
+    """Likewise of stored vectors."""
+    out = empty_like(x, rows.shape, "float32")
+    _C.hamming_dot_candidates(x, vectors, scale, rows, out, *on_device(x))
+    return out
+
+
 def weighted_sum(weights, codes, dim):
     out = empty_like(weights, (weights.shape[0], weights.shape[1], dim), "float32")
     scratch = on_device(weights, _C.hamming_weighted_sum_scratch, *weights.shape, dim)

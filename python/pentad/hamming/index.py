@@ -11,33 +11,37 @@ from pentad._rows import Rows, check_store, quantize
 from pentad.hamming import _rows, functional
 
 
+def check_vectors(op: str, array, dim: int, name: str) -> bool:
+    """Whether an (n, columns) argument holds codes of `dim` bits, and not `dim` floats."""
+    if array.ndim != 2:
+        raise ValueError(f"[{op}] {name} have shape {tuple(array.shape)}, expected (n, columns)")
+    if dtype_name(array) == "uint8":
+        width = -(-dim // 8)
+        if array.shape[1] != width:
+            raise ValueError(
+                f"[{op}] {name} are codes of {array.shape[1]} bytes, dim {dim} takes {width}"
+            )
+        return True
+    check_dtype(op, name, array, ("uint8", *FLOATS))
+    if array.shape[1] != dim:
+        raise ValueError(f"[{op}] {name} have {array.shape[1]} columns but the index has {dim}")
+    return False
+
+
 class _Input:
     """Vectors or codes, brought to numpy: `codes` always, `floats` where floats were given."""
 
     def __init__(self, op: str, array, dim: int, name: str, *, finite: bool):
         is_numpy(op, traced=False, **{name: array})
-        if array.ndim != 2:
-            raise ValueError(
-                f"[{op}] {name} have shape {tuple(array.shape)}, expected (n, columns)"
-            )
-        width = -(-dim // 8)
-        if dtype_name(array) == "uint8":
-            if array.shape[1] != width:
-                raise ValueError(
-                    f"[{op}] {name} are codes of {array.shape[1]} bytes, dim {dim} takes {width}"
-                )
+        if check_vectors(op, array, dim, name):
             self.floats = None
             self.codes = to_numpy(array)
-            spare = width * 8 - dim
+            spare = -dim % 8
             if spare and (self.codes[:, -1] & ((1 << spare) - 1)).any():
                 raise ValueError(f"[{op}] {name} have padding bits set beyond dim {dim}")
             return
-        check_dtype(op, name, array, ("uint8", *FLOATS))
-        if array.shape[1] != dim:
-            raise ValueError(f"[{op}] {name} have {array.shape[1]} columns but the index has {dim}")
-        with np.errstate(
-            over="ignore"
-        ):  # what exceeds float32 becomes infinite, which counts below
+        # What exceeds float32 becomes infinite, which counts below.
+        with np.errstate(over="ignore"):
             self.floats = to_numpy(array).astype(np.float32, copy=False)
         if finite and not np.isfinite(self.floats).all():
             raise ValueError(f"[{op}] {name} hold a NaN or an infinity")
@@ -226,6 +230,11 @@ class BinaryIndex(CodeIndex):
         mask = view._mask("range_search", filter)
         found = _rows.range_search(view._state.rows, given.codes, radius, mask)
         return tuple(like(queries, part) for part in found)
+
+    def _on_device(self, device):
+        from pentad.hamming.device_index import DeviceBinaryIndex
+
+        return DeviceBinaryIndex(self, device)
 
     def to_sections(self):
         """(meta, arrays) for a file that embeds this index; see `from_sections`.
