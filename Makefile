@@ -100,7 +100,7 @@ test-aarch64: $(TOOLS)
 # C++ tests say of the kernels, these say of the way from Python to them. An environment of its own
 # sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
-CUDA_HOST_TESTS := tests/test_hamming.py tests/test_sparse_splade.py tests/test_pq_lookup.py tests/test_pq_adc.py
+CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py tests/test_sparse_splade.py tests/test_pq_lookup.py tests/test_pq_adc.py
 test-cuda-host: $(DEPENDENCIES)
 	@if ! [ -e $(CUDA_HOST)/bin/python ]; then \
 	  $(BIN)/python -m venv --without-pip $(CUDA_HOST) && \
