@@ -40,7 +40,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
 
 // Plain numbers and pointers into the device's memory, for a kernel's parameters.
 struct Rules {
-  float scale, softcap;
+  float scale, scale_log2, softcap;
   int64_t left, right;
   bool top_left;
   const void* bias;
@@ -59,8 +59,9 @@ struct Rules {
   int heads, group;
   BlockMask mask;
 
-  explicit Rules(const Problem& p)
+  explicit Rules(const Problem& p, bool packed = false)
       : scale(static_cast<float>(p.scale)),
+        scale_log2(static_cast<float>(p.scale / kLn2)),
         softcap(static_cast<float>(p.softcap)),
         left(p.left),
         right(p.right),
@@ -80,6 +81,7 @@ struct Rules {
     for (int i = 0; i < 4; ++i) bias_stride[i] = p.bias.stride[i];
     for (int i = 0; i < 3; ++i) key_bias_stride[i] = p.key_bias_stride[i];
     for (int i = 0; i < 2; ++i) alibi_stride[i] = p.alibi_stride[i];
+    if (packed) key_bias_stride[0] = 0;
     if (p.mask) mask = *p.mask;
   }
 
@@ -193,9 +195,9 @@ struct HeadRules {
   // The score in units of log2 of a product of a query and a key that it sees; `cap` becomes the
   // derivative of the soft cap.
   __device__ float score(float product, int i, int j, float* cap) const {
-    float x = product * rules.scale;
     *cap = 1.0f;
-    if (!rules.modify()) return x * kLog2e;
+    if (!rules.modify()) return product * rules.scale_log2;
+    float x = product * rules.scale;
     if (rules.softcap > 0) {
       const float t = tanhf(x / rules.softcap);
       x = rules.softcap * t;

@@ -40,9 +40,7 @@ int64_t longest(const std::vector<int64_t>& begin) {
 // --- Block masks -----------------------------------------------------------------------------------
 
 template <class T>
-std::vector<T> list(const TensorView& view, DType dtype, const char* op, const char* name) {
-  expect(view, op, name, {dtype}, -1);
-  if (!is_contiguous(view)) bad_value(op, text(name) + " is not contiguous");
+std::vector<T> list(const TensorView& view) {
   const T* data = static_cast<const T*>(view.data);
   return {data, data + count(view)};
 }
@@ -84,7 +82,7 @@ void check_mask(const MaskLists& lists, int64_t partials, const char* op) {
 }
 
 std::shared_ptr<const MaskLists> mask_of(const MaskArgument& argument, const Problem& p,
-                                         const char* op) {
+                                         const char* op, Device on) {
   if (!argument.arrays[0]) return nullptr;
   const auto view = [&](int i) -> const TensorView& { return argument.arrays[i]->view; };
   auto lists = std::make_shared<MaskLists>();
@@ -95,12 +93,11 @@ std::shared_ptr<const MaskLists> mask_of(const MaskArgument& argument, const Pro
   m.k_block = argument.k_block;
   m.q_blocks = p.max_q / m.q_block + (p.max_q % m.q_block != 0);
   m.k_blocks = p.max_k / m.k_block + (p.max_k % m.k_block != 0);
-  lists->row_ptr = list<int64_t>(view(0), DType::i64, op, "row_ptr");
-  lists->cols = list<int32_t>(view(1), DType::i32, op, "cols");
-  lists->kinds = list<int32_t>(view(2), DType::i32, op, "kinds");
-  lists->col_ptr = list<int64_t>(view(3), DType::i64, op, "col_ptr");
-  lists->rows = list<int32_t>(view(4), DType::i32, op, "rows");
-  lists->row_kinds = list<int32_t>(view(5), DType::i32, op, "row_kinds");
+  const char* const names[] = {"row_ptr", "cols", "kinds", "col_ptr", "rows", "row_kinds"};
+  for (int i = 0; i < 6; ++i) {
+    expect(view(i), op, names[i], {i % 3 ? DType::i32 : DType::i64}, -1, on);
+    if (!is_contiguous(view(i))) bad_value(op, text(names[i]) + " is not contiguous");
+  }
   const TensorView& pointers = view(0);
   m.batch = pointers.rank == 3 ? pointers.shape[0] : 0;
   m.heads = pointers.rank == 3 ? pointers.shape[1] : 0;
@@ -110,19 +107,30 @@ std::shared_ptr<const MaskLists> mask_of(const MaskArgument& argument, const Pro
                       std::to_string(m.q_blocks + 1) + ")");
   expect_shape(pointers, op, "row_ptr", {m.batch, m.heads, m.q_blocks + 1});
   expect_shape(view(3), op, "col_ptr", {m.batch, m.heads, m.k_blocks + 1});
-  const int64_t entries = static_cast<int64_t>(lists->cols.size());
-  const char* const names[] = {"cols", "kinds", "", "rows", "row_kinds"};
-  for (int i : {1, 2, 4, 5}) expect_shape(view(i), op, names[i - 1], {entries});
-  expect(view(6), op, "partial", {DType::u8}, 3);
+  const int64_t entries = count(view(1));
+  for (int i : {1, 2, 4, 5}) expect_shape(view(i), op, names[i], {entries});
+  expect(view(6), op, "partial", {DType::u8}, 3, on);
   expect_shape(view(6), op, "partial", {view(6).shape[0], m.q_block, m.k_block});
   if (!is_contiguous(view(6))) bad_value(op, "partial is not contiguous");
+  m.partial = static_cast<const uint8_t*>(view(6).data);
+  if (on.is_cuda()) {
+    m.row_ptr = static_cast<const int64_t*>(view(0).data);
+    m.cols = static_cast<const int32_t*>(view(1).data);
+    m.kinds = static_cast<const int32_t*>(view(2).data);
+    return lists;
+  }
+  lists->row_ptr = list<int64_t>(view(0));
+  lists->cols = list<int32_t>(view(1));
+  lists->kinds = list<int32_t>(view(2));
+  lists->col_ptr = list<int64_t>(view(3));
+  lists->rows = list<int32_t>(view(4));
+  lists->row_kinds = list<int32_t>(view(5));
   m.row_ptr = lists->row_ptr.data();
   m.cols = lists->cols.data();
   m.kinds = lists->kinds.data();
   m.col_ptr = lists->col_ptr.data();
   m.rows = lists->rows.data();
   m.row_kinds = lists->row_kinds.data();
-  m.partial = static_cast<const uint8_t*>(view(6).data);
   check_mask(*lists, view(6).shape[0], op);
   return lists;
 }
@@ -145,7 +153,8 @@ void Arguments::set_inputs(const TensorView& q, const TensorView& k, const Tenso
     bad_value(op_, "cu_seqlens_q and cu_seqlens_k are needed together");
   packed = cu_q.has_value();
   const int rank = packed ? 3 : 4;
-  expect(q, op_, "q", {DType::f32, DType::bf16, DType::f16, DType::f64}, rank);
+  on = device_of(q);
+  expect(q, op_, "q", {DType::f32, DType::bf16, DType::f16, DType::f64}, rank, on);
   expect_like(k, "k", q);
   expect_like(v, "v", q);
   const int heads = 1, tokens = packed ? 0 : 2, last = rank - 1;
@@ -172,14 +181,17 @@ void Arguments::set_inputs(const TensorView& q, const TensorView& k, const Tenso
   p.k = operand(k, packed);
   p.v = operand(v, packed);
   if (packed) {
-    p.q_begin = lists::boundaries(*cu_q, q_tokens, op_, "cu_seqlens_q", "tokens");
-    p.k_begin = lists::boundaries(*cu_k, k_tokens, op_, "cu_seqlens_k", "tokens");
-    if (p.q_begin.size() != p.k_begin.size())
-      bad_value(op_, "cu_seqlens_q has " + std::to_string(p.q_begin.size()) +
-                         " entries but cu_seqlens_k has " + std::to_string(p.k_begin.size()));
-    p.batch = static_cast<int64_t>(p.q_begin.size()) - 1;
-    p.max_q = longest(p.q_begin);
-    p.max_k = longest(p.k_begin);
+    boundaries = {boundaries_of(*cu_q, "cu_seqlens_q"), boundaries_of(*cu_k, "cu_seqlens_k")};
+    if (!on.is_cuda()) {
+      p.q_begin = lists::boundaries(*cu_q, q_tokens, op_, "cu_seqlens_q", "tokens");
+      p.k_begin = lists::boundaries(*cu_k, k_tokens, op_, "cu_seqlens_k", "tokens");
+    }
+    if (cu_q->shape[0] != cu_k->shape[0])
+      bad_value(op_, "cu_seqlens_q has " + std::to_string(cu_q->shape[0]) +
+                         " entries but cu_seqlens_k has " + std::to_string(cu_k->shape[0]));
+    p.batch = cu_q->shape[0] - 1;
+    p.max_q = on.is_cuda() ? q_tokens : longest(p.q_begin);
+    p.max_k = on.is_cuda() ? k_tokens : longest(p.k_begin);
   } else {
     p.batch = q.shape[0];
     p.max_q = q_tokens;
@@ -206,7 +218,7 @@ void Arguments::set_caches(const TensorView& k, const Optional& lengths, const O
   int64_t capacity = k.shape[2];
   if (table) {
     if (rows || left_pad) bad_value(op_, "cache_rows and left_pad do not go with a block_table");
-    expect(*table, op_, "block_table", {DType::i32}, 2);
+    expect(*table, op_, "block_table", {DType::i32}, 2, on);
     expect_shape(*table, op_, "block_table", {p.batch, table->shape[1]});
     if (k.shape[2] < 1 || table->shape[1] > kUnbounded / k.shape[2])
       bad_value(op_, "block_table has shape " + shape_text(*table) + " for pages of " +
@@ -252,7 +264,7 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
     bad_value(op_, "dropout is " + std::to_string(o.dropout) + ", expected 0 <= dropout < 1");
   p.dropout = o.dropout;
   if (o.seed) {
-    expect(*o.seed, op_, "seed", {DType::i64}, -1);
+    expect(*o.seed, op_, "seed", {DType::i64}, -1);  // on the host
     if (count(*o.seed) != 1) bad_value(op_, "seed has shape " + shape_text(*o.seed));
     p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(o.seed->data));
   } else if (p.dropout > 0) {
@@ -261,7 +273,7 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
   if (o.bias) set_bias(*o.bias, cached);
   if (o.key_bias) {
     const TensorView& x = *o.key_bias;
-    expect(x, op_, "key_bias", {dtype}, packed ? 2 : 3);
+    expect(x, op_, "key_bias", {dtype}, packed ? 2 : 3, on);
     const int heads = packed ? 0 : 1, keys = packed ? 1 : 2;
     const bool fits = (x.shape[heads] == p.heads || x.shape[heads] == p.kv_heads) &&
                       (packed || x.shape[0] == p.batch) &&
@@ -280,7 +292,7 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
   }
   if (o.alibi) {
     const TensorView& x = *o.alibi;
-    expect(x, op_, "alibi_slopes", {dtype}, -1);
+    expect(x, op_, "alibi_slopes", {dtype}, -1, on);
     if (x.rank == 2) expect_shape(x, op_, "alibi_slopes", {p.batch, p.heads});
     else expect_shape(x, op_, "alibi_slopes", {p.heads});
     p.alibi = x.data;
@@ -288,14 +300,14 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
     p.alibi_stride[1] = x.strides[x.rank - 1];
   }
   if (o.sink) {
-    expect(*o.sink, op_, "sink", {dtype}, 1);
+    expect(*o.sink, op_, "sink", {dtype}, 1, on);
     expect_shape(*o.sink, op_, "sink", {p.heads});
     if (!is_contiguous(*o.sink)) bad_value(op_, "sink is not contiguous");
     p.sink = o.sink->data;
   }
   if (mask.arrays[0]) {
     if (packed || cached) bad_value(op_, "a block mask does not go with cu_seqlens or caches");
-    mask_ = mask_of(mask, p, op_);
+    mask_ = mask_of(mask, p, op_, on);
     p.mask = &mask_->mask;
   }
   writes.input("bias", o.bias);
@@ -308,7 +320,7 @@ void Arguments::set_options(const Options& o, const MaskArgument& mask) {
 Operand Arguments::rows(const TensorView& x, const char* name, bool keys, int64_t last,
                         bool output) {
   const Problem& p = problem;
-  expect(x, op_, name, {p.q.dtype}, packed ? 3 : 4);
+  expect(x, op_, name, {p.q.dtype}, packed ? 3 : 4, on);
   const int64_t heads = keys ? p.kv_heads : p.heads, tokens = keys ? k_tokens : q_tokens;
   if (packed) expect_shape(x, op_, name, {tokens, heads, last});
   else expect_shape(x, op_, name, {p.batch, heads, tokens, last});
@@ -319,8 +331,8 @@ Operand Arguments::rows(const TensorView& x, const char* name, bool keys, int64_
 
 Operand Arguments::row_statistics(const TensorView& x, const char* name, bool output) {
   const Problem& p = problem;
-  if (p.q.dtype == DType::f64) expect(x, op_, name, {DType::f64}, packed ? 2 : 3);
-  else expect(x, op_, name, {DType::f32, DType::f64}, packed ? 2 : 3);
+  if (p.q.dtype == DType::f64) expect(x, op_, name, {DType::f64}, packed ? 2 : 3, on);
+  else expect(x, op_, name, {DType::f32, DType::f64}, packed ? 2 : 3, on);
   if (packed) expect_shape(x, op_, name, {p.heads, q_tokens});
   else expect_shape(x, op_, name, {p.batch, p.heads, q_tokens});
   if (output && !is_contiguous(x)) bad_value(op_, text(name) + " is not contiguous");
@@ -332,7 +344,7 @@ Operand Arguments::row_statistics(const TensorView& x, const char* name, bool ou
 
 void* Arguments::key_statistics(const TensorView& x, const char* name, int64_t heads, bool output) {
   const Problem& p = problem;
-  expect(x, op_, name, {statistics(p.q.dtype)}, packed ? 2 : 3);
+  expect(x, op_, name, {statistics(p.q.dtype)}, packed ? 2 : 3, on);
   if (!p.k_length.empty()) bad_value(op_, text(name) + " does not go with caches");
   if (packed) expect_shape(x, op_, name, {heads, k_tokens});
   else expect_shape(x, op_, name, {p.batch, heads, k_tokens});
@@ -343,15 +355,32 @@ void* Arguments::key_statistics(const TensorView& x, const char* name, int64_t h
 }
 
 void Arguments::expect_like(const TensorView& x, const char* name, const TensorView& q) const {
-  expect(x, op_, name, {DType::f32, DType::bf16, DType::f16, DType::f64}, q.rank);
+  expect(x, op_, name, {DType::f32, DType::bf16, DType::f16, DType::f64}, q.rank, on);
   if (x.dtype != q.dtype)
     throw TypeMismatch("[" + text(op_) + "] " + name + " has dtype " + dtype_name(x.dtype) +
                        " but q has " + dtype_name(q.dtype));
 }
 
+cuda::Boundaries Arguments::boundaries_of(const TensorView& x, const char* name) const {
+  expect(x, op_, name, {DType::i32, DType::i64}, 1, on);
+  if (x.shape[0] < 1) bad_value(op_, text(name) + " is empty");
+  return {x.data, x.dtype == DType::i64, x.strides[0]};
+}
+
+Problem Arguments::on_device() const {
+  Problem p = problem;
+  if (packed) {
+    p.q_begin.clear();
+    p.k_begin.clear();
+    p.max_q = q_tokens;
+    p.max_k = k_tokens;
+  }
+  return p;
+}
+
 void Arguments::set_bias(const TensorView& x, bool cached) {
   Problem& p = problem;
-  expect(x, op_, "bias", {DType::f32, DType::bf16, DType::f16, DType::f64, DType::boolean}, 4);
+  expect(x, op_, "bias", {DType::f32, DType::bf16, DType::f16, DType::f64, DType::boolean}, 4, on);
   if (x.dtype == DType::f64 && problem.q.dtype != DType::f64)
     throw TypeMismatch("[" + std::string(op_) +
                        "] bias has dtype float64, which goes with float64 arrays alone");

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns arrays into an attention::Problem. Lengths, offsets and lists are copied first, and the
-// copies are checked and used: the arrays may change under a running kernel.
+// copies are checked and used: the arrays may change under a running kernel. Those in a device's
+// memory are not looked at here; its kernels stay within the arrays whatever they hold.
 #pragma once
 #include <array>
 #include <memory>
 #include <vector>
 
 #include "attention/attention.h"
+#include "attention/attention_cuda.h"
 #include "bindings/lists.h"
 #include "bindings/tensor_caster.h"
 #include "bindings/writes.h"
@@ -75,6 +77,7 @@ class Arguments {
   Problem problem;
   int64_t q_tokens = 0, k_tokens = 0;  // extents of q and k: Sq and Sk, or the packed totals
   bool packed = false;
+  Device on;  // where q is, and everything else must be
   Writes writes;
 
   explicit Arguments(const char* op) : writes(op), op_(op) {}
@@ -100,8 +103,13 @@ class Arguments {
   void* key_statistics(const TensorView& x, const char* name, int64_t heads, bool output);
   void expect_like(const TensorView& x, const char* name, const TensorView& q) const;
 
+  // The problem as CUDA kernels take it: in the place of offsets of packed sequences, their arrays.
+  Problem on_device() const;
+  cuda::Packed boundaries;
+
  private:
   void set_bias(const TensorView& x, bool cached);
+  cuda::Boundaries boundaries_of(const TensorView& x, const char* name) const;
 
   // Entries past a sequence's pages may hold anything; the copies hold 0.
   void copy_table(const TensorView& table, int64_t pages, int64_t extra);

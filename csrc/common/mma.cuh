@@ -42,6 +42,18 @@ __device__ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Two floats, each rounded, as one group; `low` is the first.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+__device__ inline uint32_t pack_f16(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 __device__ inline void ldmatrix(uint32_t (&r)[4], const void* row) {
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -117,6 +129,13 @@ void load_matrices(const char* what, uint32_t (&r)[4], const void* row, const Wh
 }
 
 }  // namespace cuda_host
+
+inline uint32_t pack_bf16(float low, float high) {
+  return __float2bfloat16(low).bits | uint32_t{__float2bfloat16(high).bits} << 16;
+}
+inline uint32_t pack_f16(float low, float high) {
+  return __float2half(low).bits | uint32_t{__float2half(high).bits} << 16;
+}
 
 inline void ldmatrix(uint32_t (&r)[4], const void* row,
                      const std::source_location& where = std::source_location::current()) {

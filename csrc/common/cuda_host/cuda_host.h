@@ -253,6 +253,7 @@ inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __popcll(uint64_t x) { return std::popcount(x); }
 inline int __clz(uint32_t x) { return std::countl_zero(x); }
 inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
+inline int __ffsll(long long x) { return x ? std::countr_zero(static_cast<uint64_t>(x)) + 1 : 0; }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline float __int_as_float(int32_t x) { return std::bit_cast<float>(x); }
@@ -271,6 +272,9 @@ using std::max, std::min;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;

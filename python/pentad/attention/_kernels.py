@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocate outputs and call the native kernels: what the dispatcher runs for CPU tensors.
+"""Allocate outputs and call the native kernels: what the dispatcher runs.
 
 Arguments have been checked by the functions; the extension checks again whatever could harm memory.
 """
@@ -7,6 +7,7 @@ Arguments have been checked by the functions; the extension checks again whateve
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 
 
 def accumulator(dtype):
@@ -67,7 +68,7 @@ def _mask(tensors, q_block, k_block):
 
 def plain(q, k, v, scale=None, left=-1, right=-1, top_left=False):
     out = empty_out(q, v.shape[3], False)
-    _C.attention_plain(q, k, v, out, scale, left, right, top_left)
+    _C.attention_plain(q, k, v, out, scale, left, right, top_left, *on_device(q))
     return out
 
 
@@ -81,6 +82,7 @@ def forward(
         q, k, v, out, lse, mass if key_mass else None, bias, key_bias, alibi, sink,
         cu_seqlens_q, cu_seqlens_k, None, None, None, None, _mask(mask, q_block, k_block),
         scale, softcap, left, right, top_left, dropout, seed,
+        *on_device(q, _C.attention_scratch, lse.numel() if key_mass else 0),
     )  # fmt: skip
     return out, lse, mass
 
@@ -105,6 +107,7 @@ def backward(
         dq, dk, dv, written, dkey_bias, dsink, bias, key_bias, alibi, sink,
         cu_seqlens_q, cu_seqlens_k, _mask(mask, q_block, k_block),
         scale, softcap, left, right, top_left, dropout, seed,
+        *on_device(q, _C.attention_scratch, lse.numel()),
     )  # fmt: skip
     if written is not dbias:
         dbias.copy_(written)

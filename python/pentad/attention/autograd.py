@@ -38,17 +38,19 @@ def _fake_decode(q, k_cache, v_cache, *rest):
 
 
 # Without options or gradients: half the time per call of the general one.
-plain = define(f"attention_plain({_PLAIN}) -> Tensor", _kernels.plain, _fake_plain)
+plain = define(f"attention_plain({_PLAIN}) -> Tensor", _kernels.plain, _fake_plain, cuda=True)
 forward = define(
     f"attention_forward({_PLAIN}, bool key_mass=False, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _kernels.forward,
     _fake_forward,
+    cuda=True,
 )
 backward = define(
     "attention_backward(Tensor d_out, Tensor? d_lse, Tensor? d_key_mass, Tensor out, Tensor lse, "
     f"bool[] wanted, {_PLAIN}, {_OPTIONS}) -> Tensor[]",
     _kernels.backward,
     _fake_backward,
+    cuda=True,
 )
 decode = define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor k_lengths, "

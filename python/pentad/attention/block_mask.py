@@ -118,6 +118,7 @@ class BlockMask:
         )
         self.partial = partial.to(torch.uint8).contiguous()
         self._list_columns(row_of)
+        self._copies = {}  # the lists on other devices
 
     def _list_columns(self, row_of):
         """The same blocks by columns; row_of counts the rows of all (batch, head) pairs."""
@@ -145,6 +146,14 @@ class BlockMask:
             self.row_ptr, self.cols, self.kinds,
             self.col_ptr, self.rows, self.row_kinds, self.partial,
         ]  # fmt: skip
+
+    def tensors_on(self, device):
+        """The same on a device, to which they are copied once."""
+        if device.type != "cuda":
+            return self.tensors
+        if device not in self._copies:
+            self._copies[device] = [tensor.to(device) for tensor in self.tensors]
+        return self._copies[device]
 
     @property
     def density(self):

@@ -10,7 +10,9 @@ import operator
 import torch
 from torch import Tensor
 
+from pentad import _C
 from pentad._errors import DeviceError
+from pentad._ops import autocast_device
 from pentad.attention import autograd
 from pentad.attention._kernels import accumulator
 from pentad.attention.block_mask import BlockMask
@@ -81,8 +83,7 @@ def check_operands(op, q, k, v, packed=False, names=("k", "v")):
     if not (q.is_cpu and k.is_cpu and v.is_cpu):
         check_device(op, names[0], k, q)
         check_device(op, names[1], v, q)
-        if q.device.type != "meta":
-            raise DeviceError(f"[{op}] there is no {q.device.type} kernel, only a CPU one")
+        check_kernels(op, q)
     shapes = sq, sk, sv = q.shape, k.shape, v.shape
     rank = 3 if packed else 4
     if not len(sq) == len(sk) == len(sv) == rank:
@@ -91,6 +92,15 @@ def check_operands(op, q, k, v, packed=False, names=("k", "v")):
             if len(shape) != rank:
                 raise ValueError(f"[{op}] {name} has shape {tuple(shape)}, expected {expected}")
     return shapes
+
+
+def check_kernels(op, q):
+    """That there are kernels for q's device."""
+    kind = q.device.type
+    if kind == "cuda" and not _C.cuda_built():
+        raise DeviceError(f"[{op}] this build of pentad has no CUDA kernels, only CPU ones")
+    if kind not in ("cpu", "cuda", "meta"):
+        raise DeviceError(f"[{op}] there is no {kind} kernel, only CPU and CUDA ones")
 
 
 def check_sizes(op, hq, hk, hv, d, dk, dv, names=("k", "v")):
@@ -314,7 +324,7 @@ def attention(
     True
     """
     op = "attention"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         q, k, v = _autocast(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     shapes = check_operands(op, q, k, v, packed)
@@ -389,10 +399,13 @@ def attention(
 
 
 def _autocast(*tensors):
-    dtype = torch.get_autocast_dtype("cpu")
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype == torch.float32 else t for t in tensors
-    )
+    def cast(t):
+        if not isinstance(t, Tensor) or t.dtype != torch.float32:
+            return t
+        kind = autocast_device(t)
+        return t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t
+
+    return tuple(map(cast, tensors))
 
 
 def check_packed(op, q, cu_seqlens_q, cu_seqlens_k, bias, block_mask):
@@ -440,6 +453,6 @@ def _block_mask_tensors(op, block_mask, q, b, hq, sq, sk):
             f"[{op}] block_mask has batch {batch} and {heads} heads, "
             f"expected 1 or {b}, and 1 or {hq}"
         )
-    tensors = block_mask.tensors
+    tensors = block_mask.tensors_on(q.device)
     check_device(op, "block_mask", tensors[0], q)
     return tensors
