@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments for the raw entries of attention, by name."""
 
+import math
+
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 
 B, HQ, HK, SQ, SK, D, DV = 2, 4, 2, 6, 9, 5, 3
 SCALARS = ["scale", "softcap", "left", "right", "top_left", "dropout", "seed"]
@@ -132,19 +135,26 @@ def with_gradients(args):
     }
 
 
-def call(entry, names, args):
+def call(entry, names, args, *more):
     unknown = set(args) - set(names)
     assert not unknown, unknown
-    entry(*(args.get(name) for name in names))
+    entry(*(args.get(name) for name in names), *more)
+
+
+def scratch(args):
+    """What CUDA kernels take on top."""
+    lse = args.get("lse")
+    rows = 0 if lse is None else math.prod(lse.shape)
+    return on_device(args["q"], _C.attention_scratch, rows)
 
 
 def forward(args):
-    call(_C.attention_forward, FORWARD, args)
+    call(_C.attention_forward, FORWARD, args, *scratch(args))
     return [args[n] for n in FORWARD if n in OUTPUTS and args.get(n) is not None]
 
 
 def backward(args):
-    call(_C.attention_backward, BACKWARD, args)
+    call(_C.attention_backward, BACKWARD, args, *scratch(args))
     return [args[n] for n in WRITTEN if args.get(n) is not None]
 
 
