@@ -101,6 +101,9 @@ test-aarch64: $(TOOLS)
 # sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
 CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py tests/test_sparse_splade.py tests/test_pq_lookup.py tests/test_pq_adc.py
+# Of these, thousands of combinations of options, one in forty.
+CUDA_HOST_SAMPLED := $(addprefix tests/test_attention,.py _api.py _block_mask.py _extension.py \
+  _options.py _sdpa.py _strides.py)
 test-cuda-host: $(DEPENDENCIES)
 	@if ! [ -e $(CUDA_HOST)/bin/python ]; then \
 	  $(BIN)/python -m venv --without-pip $(CUDA_HOST) && \
@@ -111,6 +114,8 @@ test-cuda-host: $(DEPENDENCIES)
 	  --no-build-isolation --no-deps --force-reinstall -C build-dir=build/cuda-host-objects .
 	OMP_WAIT_POLICY=passive $(CUDA_HOST)/bin/python -m pytest -n $(JOBS) --dist loadfile \
 	  --sample $(or $(SAMPLE),1) $(CUDA_HOST_TESTS)
+	OMP_WAIT_POLICY=passive $(CUDA_HOST)/bin/python -m pytest -n $(JOBS) \
+	  --sample $(or $(SAMPLE),40) $(CUDA_HOST_SAMPLED)
 
 # The tests that need a CUDA device, then some of them under each tool of compute-sanitizer. Where
 # there is no device they are skipped, and say so.
@@ -157,6 +162,7 @@ bench: install
 
 # On a CUDA device; figures go to bench/results/gpu-*.json.
 bench-gpu: install
+	$(BIN)/python bench/gpu_attention.py
 	$(BIN)/python bench/gpu_hamming.py
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.

@@ -124,7 +124,7 @@ void bias_gradient(const CudaStream& stream, const Problem& p, const Backward& i
   BiasGradient task{in,
                     static_cast<float*>(dbias.data),
                     {dbias.stride[0], dbias.stride[1], dbias.stride[2], dbias.stride[3]},
-                    dbias.stride[0] ? in.sequences.batch : min(1, in.sequences.batch),
+                    dbias.stride[0] ? in.sequences.batch : 1,
                     dbias.stride[1] ? in.sequences.heads : 1,
                     0,
                     0,

@@ -363,7 +363,7 @@ void Arguments::expect_like(const TensorView& x, const char* name, const TensorV
 
 cuda::Boundaries Arguments::boundaries_of(const TensorView& x, const char* name) const {
   expect(x, op_, name, {DType::i32, DType::i64}, 1, on);
-  if (x.shape[0] < 1) bad_value(op_, text(name) + " is empty");
+  if (x.shape[0] < 1) bad_value(op_, text(name) + " does not begin with 0");
   return {x.data, x.dtype == DType::i64, x.strides[0]};
 }
 
