@@ -36,6 +36,7 @@ from attention_raw import (
     with_gradients,
     with_outputs,
 )
+from device_array import DeviceArray
 
 import pentad
 from pentad import _C
@@ -497,6 +498,8 @@ def test_another_device(entry):
         with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             away = torch.empty(args[name].shape, device="cuda")
-        match = "where the first argument is" if name == "q" else "is on an accelerator"
+        match = "is on an accelerator"
+        if name == "q":  # says where the others are to be
+            away, match = DeviceArray(args[name].numpy()), "is not on cuda:0, where the first"
         refuses(entry, args | {name: away}, pentad.DeviceError, match)
         refuses(entry, args | {name: args[name].to("meta")}, RuntimeError, "meta")
