@@ -3,6 +3,7 @@
 // out of bounds is refused here or, where codes are concerned, while they are read.
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "bindings/writes.h"
 #include "common/ceil_div.h"
 #include "pq/codes.h"
+#include "pq/codes_cuda.h"
 #include "pq/lookup.h"
 #include "pq/lookup_cuda.h"
 #include "pq/table_sum.h"
@@ -385,65 +387,99 @@ void check_sizes(const std::vector<int64_t>& sizes, int64_t most, const char* op
                 "sizes hold " + std::to_string(size) + ", expected 1 to " + std::to_string(most));
 }
 
+void py_pack_codes(const TensorView& view, int64_t nbits, const TensorView& packed,
+                   uintptr_t stream) {
+  const char* op = "pq.pack_codes";
+  const Device on = device_of(view);
+  const Codes codes = codes_of(view, op, "codes", 2, on);
+  const int bits = bits_of(nbits, op);
+  expect_output(packed, op, "packed", DType::u8, {codes.rows, ceil_div(codes.columns * bits, 8)},
+                on);
+  Writes writes(op);
+  writes.input("codes", view);
+  writes.output("packed", packed);
+  writes.finish();
+  auto* bytes = static_cast<uint8_t*>(packed.data);
+  py::gil_scoped_release release;
+  if (!runs_cuda(on)) return pack_codes(op, codes, bits, bytes);
+  if (!on.is_cuda()) refuse_levels(op, codes, int64_t{1} << bits);
+  cuda::pack_codes(stream_of(on, stream), codes, bits, bytes);
+}
+
+void py_unpack_codes(const TensorView& packed, int64_t nbits, const TensorView& out,
+                     uintptr_t stream) {
+  const char* op = "pq.unpack_codes";
+  const Device on = device_of(packed);
+  expect(packed, op, "packed", {DType::u8}, 2, on);
+  const int bits = bits_of(nbits, op);
+  expect(out, op, "out", {bits <= 8 ? DType::u8 : DType::i32}, 2, on);
+  expect_output(out, op, "out", out.dtype, {packed.shape[0], out.shape[1]}, on);
+  expect_shape(packed, op, "packed", {packed.shape[0], ceil_div(out.shape[1] * bits, 8)});
+  Writes writes(op);
+  writes.input("packed", packed);
+  writes.output("out", out);
+  writes.finish();
+  const auto* bytes = static_cast<const uint8_t*>(packed.data);
+  const int64_t rows = packed.shape[0], columns = out.shape[1];
+  const int64_t row_stride = packed.strides[0], step = packed.strides[1];
+  py::gil_scoped_release release;
+  if (runs_cuda(on))
+    cuda::unpack_codes(stream_of(on, stream), bytes, row_stride, step, rows, columns, bits,
+                       out.data);
+  else unpack_codes(bytes, row_stride, step, rows, columns, bits, out.data);
+}
+
+// ids (n), out (n, count).
+Codes ids_of(const TensorView& view, const TensorView& out, const std::vector<int64_t>& sizes,
+             const char* op, Device on) {
+  const Codes ids = codes_of(view, op, "ids", 1, on);
+  check_sizes(sizes, kMostTableRows, op);
+  expect_output(out, op, "out", DType::i64, {ids.rows, static_cast<int64_t>(sizes.size())}, on);
+  Writes writes(op);
+  writes.input("ids", view);
+  writes.output("out", out);
+  writes.finish();
+  return ids;
+}
+
+void py_hash_codes(const TensorView& view, const std::vector<uint64_t>& seeds,
+                   const std::vector<int64_t>& sizes, const TensorView& out, uintptr_t stream) {
+  const char* op = "pq.hash_codes";
+  const Device on = device_of(view);
+  const int64_t count = static_cast<int64_t>(sizes.size());
+  if (seeds.size() != sizes.size())
+    bad_value(op, std::to_string(seeds.size()) + " seeds but " + std::to_string(count) + " sizes");
+  const Codes ids = ids_of(view, out, sizes, op, on);
+  auto* hashes = static_cast<int64_t*>(out.data);
+  py::gil_scoped_release release;
+  if (runs_cuda(on))
+    cuda::hash_codes(stream_of(on, stream), ids, seeds.data(), sizes.data(), count, hashes);
+  else hash_codes(ids, seeds.data(), sizes.data(), count, hashes);
+}
+
+void py_digits(const TensorView& view, const std::vector<int64_t>& sizes, const TensorView& out,
+               uintptr_t stream) {
+  const char* op = "pq.quotient_remainder";
+  const Device on = device_of(view);
+  const Codes ids = ids_of(view, out, sizes, op, on);
+  const int64_t count = static_cast<int64_t>(sizes.size());
+  auto* numbers = static_cast<int64_t*>(out.data);
+  py::gil_scoped_release release;
+  if (!on.is_cuda()) digits(op, ids, sizes.data(), count, numbers);  // looks at the ids
+  if (!runs_cuda(on)) return;
+  std::fill_n(numbers, on.is_cuda() ? 0 : ids.rows * count, -1);
+  cuda::digits(stream_of(on, stream), ids, sizes.data(), count, numbers);
+}
+
 void bind_codes(py::module_& m) {
-  m.def("pq_pack_codes", [](const TensorView& view, int64_t nbits, const TensorView& packed) {
-    const char* op = "pq.pack_codes";
-    const Codes codes = codes_of(view, op, "codes", 2);
-    const int bits = bits_of(nbits, op);
-    expect_output(packed, op, "packed", DType::u8, {codes.rows, ceil_div(codes.columns * bits, 8)});
-    Writes writes(op);
-    writes.input("codes", view);
-    writes.output("packed", packed);
-    writes.finish();
-    py::gil_scoped_release release;
-    pack_codes(op, codes, bits, static_cast<uint8_t*>(packed.data));
-  });
-  m.def("pq_unpack_codes", [](const TensorView& packed, int64_t nbits, const TensorView& out) {
-    const char* op = "pq.unpack_codes";
-    expect(packed, op, "packed", {DType::u8}, 2);
-    const int bits = bits_of(nbits, op);
-    expect(out, op, "out", {bits <= 8 ? DType::u8 : DType::i32}, 2);
-    expect_output(out, op, "out", out.dtype, {packed.shape[0], out.shape[1]});
-    expect_shape(packed, op, "packed", {packed.shape[0], ceil_div(out.shape[1] * bits, 8)});
-    Writes writes(op);
-    writes.input("packed", packed);
-    writes.output("out", out);
-    writes.finish();
-    py::gil_scoped_release release;
-    unpack_codes(static_cast<const uint8_t*>(packed.data), packed.strides[0], packed.strides[1],
-                 packed.shape[0], out.shape[1], bits, out.data);
-  });
-  m.def("pq_hash_codes", [](const TensorView& view, const std::vector<uint64_t>& seeds,
-                            const std::vector<int64_t>& sizes, const TensorView& out) {
-    const char* op = "pq.hash_codes";
-    const Codes ids = codes_of(view, op, "ids", 1);
-    const int64_t count = static_cast<int64_t>(sizes.size());
-    if (seeds.size() != sizes.size())
-      bad_value(op,
-                std::to_string(seeds.size()) + " seeds but " + std::to_string(count) + " sizes");
-    check_sizes(sizes, kMostTableRows, op);
-    expect_output(out, op, "out", DType::i64, {ids.rows, count});
-    Writes writes(op);
-    writes.input("ids", view);
-    writes.output("out", out);
-    writes.finish();
-    py::gil_scoped_release release;
-    hash_codes(ids, seeds.data(), sizes.data(), count, static_cast<int64_t*>(out.data));
-  });
-  m.def("pq_digits",
-        [](const TensorView& view, const std::vector<int64_t>& sizes, const TensorView& out) {
-          const char* op = "pq.quotient_remainder";
-          const Codes ids = codes_of(view, op, "ids", 1);
-          const int64_t count = static_cast<int64_t>(sizes.size());
-          check_sizes(sizes, kMostTableRows, op);
-          expect_output(out, op, "out", DType::i64, {ids.rows, count});
-          Writes writes(op);
-          writes.input("ids", view);
-          writes.output("out", out);
-          writes.finish();
-          py::gil_scoped_release release;
-          digits(op, ids, sizes.data(), count, static_cast<int64_t*>(out.data));
-        });
+  const auto default_stream = py::arg("stream") = 0;
+  m.def("pq_pack_codes", &py_pack_codes, py::arg("codes"), py::arg("nbits"), py::arg("packed"),
+        default_stream);
+  m.def("pq_unpack_codes", &py_unpack_codes, py::arg("packed"), py::arg("nbits"), py::arg("out"),
+        default_stream);
+  m.def("pq_hash_codes", &py_hash_codes, py::arg("ids"), py::arg("seeds"), py::arg("sizes"),
+        py::arg("out"), default_stream);
+  m.def("pq_digits", &py_digits, py::arg("ids"), py::arg("sizes"), py::arg("out"), default_stream);
 }
 
 }  // namespace

@@ -7,8 +7,11 @@
 #include <vector>
 
 #include "check.h"
+#include "common/ceil_div.h"
 #include "common/reals.h"
 #include "orders.h"
+#include "pq/assign_cuda.h"
+#include "pq/codes_cuda.h"
 #include "pq/lookup_cuda.h"
 
 using namespace pentad;
@@ -194,6 +197,73 @@ void table_sums(int64_t queries, int64_t n, int64_t columns, int64_t levels, int
   }
 }
 
+// --- Assignment -----------------------------------------------------------------------------------
+
+// Integers, where many rows are equally near, or normal numbers.
+void assignment(int64_t n, int64_t books, int64_t centroids, int64_t dim, DType dtype, bool ties,
+                const std::vector<int64_t>& tops) {
+  auto x = reals(n * books * dim, dtype), c = reals(books * centroids * dim, DType::f32);
+  if (ties) {
+    for (int64_t i = 0; i < n * books * dim; ++i)
+      write_real(x.data(), dtype, i, static_cast<double>(below(3)));
+    for (int64_t i = 0; i < books * centroids * dim; ++i)
+      write_real(c.data(), DType::f32, i, static_cast<double>(below(3)) * 0.5);
+  }
+  const Array3 rows{x.data(), dtype, {n, books, dim}, {1, n * dim, n}};
+  const Array3 words{
+      c.data(), DType::f32, {books, centroids, dim}, {centroids * dim, 1, centroids}};
+  for (Nearest metric : {Nearest::l2, Nearest::ip, Nearest::cosine})
+    for (int64_t top : tops) {
+      const int64_t count = n * books * top;
+      auto codes = room<int32_t>(count), want = codes;
+      auto costs = room<float>(count), costs_want = costs;
+      auto scratch = room<char>(cuda::assign_scratch(n, books, centroids, dim, top));
+      cuda::assign(stream, rows, words, metric, {codes.data(), true, top, costs.data()},
+                   scratch.data());
+      assign_reference(rows, words, metric, {want.data(), true, top, costs_want.data()});
+      CHECK(codes == want, n, books, centroids, dim, top, static_cast<int>(metric));
+      CHECK(costs == costs_want, n, books, centroids, dim, top, static_cast<int>(metric));
+      if (centroids > 256) continue;
+      auto bytes = room<uint8_t>(count);
+      cuda::assign(stream, rows, words, metric, {bytes.data(), false, top, nullptr},
+                   scratch.data());
+      for (int64_t i = 0; i < count; ++i) CHECK(bytes[i] == want[i], i);
+    }
+}
+
+// --- Codes ----------------------------------------------------------------------------------------
+
+void integers() {
+  for (int nbits = 1; nbits <= 16; ++nbits) {
+    const int64_t n = 9, columns = 7, bytes = ceil_div(columns * nbits, 8);
+    auto codes = room<int32_t>(n * columns);
+    for (int32_t& c : codes) c = static_cast<int32_t>(below(int64_t{1} << nbits));
+    const Codes view{codes.data(), DType::i32, n, columns, 1, n};
+    auto packed = room<uint8_t>(n * bytes), want = packed;
+    cuda::pack_codes(stream, view, nbits, packed.data());
+    pack_codes("test", view, nbits, want.data());
+    CHECK(packed == want, nbits);
+    auto out = room<char>(n * columns * (nbits <= 8 ? 1 : 4)), out_want = out;
+    cuda::unpack_codes(stream, packed.data(), bytes, 1, n, columns, nbits, out.data());
+    unpack_codes(packed.data(), bytes, 1, n, columns, nbits, out_want.data());
+    CHECK(out == out_want, nbits);
+  }
+  const std::vector<int64_t> ids = {0, -1, -5, 123456789, 2, 3, 1 << 20};
+  std::vector<uint64_t> seeds(40);
+  std::vector<int64_t> sizes(40);
+  for (int h = 0; h < 40; ++h) seeds[h] = h * h - 3, sizes[h] = 1 + 1000 * h;
+  const Codes view{ids.data(), DType::i64, 7, 1, 1, 1};
+  auto out = room<int64_t>(7 * 40), want = out;
+  cuda::hash_codes(stream, view, seeds.data(), sizes.data(), 40, out.data());
+  hash_codes(view, seeds.data(), sizes.data(), 40, want.data());
+  CHECK(out == want);
+  const Codes rising{ids.data() + 3, DType::i64, 4, 1, 1, 1};
+  out.assign(4 * 40, 0), want = out;
+  cuda::digits(stream, rising, sizes.data(), 40, out.data());
+  digits("test", rising, sizes.data(), 40, want.data());
+  CHECK(out == want);
+}
+
 }  // namespace
 
 int main() {
@@ -202,7 +272,7 @@ int main() {
       lookups(40, {7, 20, 2}, 8, dtype, dtype != DType::f32);
       lookups(33, {3}, 5, dtype, true);
     }
-    lookups(300, {2, 66000}, 1, DType::f32, true);  // chunks of sums; three passes of the sort
+    lookups(300, {2, 65600}, 1, DType::f32, true);  // chunks of sums; three passes of the sort
     lookups(2100, {1}, 1, DType::f32, true);
     lookups(3, std::vector<int64_t>(70, 2), 3, DType::f32,
             true);  // tables beyond one kernel's arguments
@@ -211,10 +281,17 @@ int main() {
     lost_codes();
     lost_offsets();
     table_sums(3, 50, 5, 16, 3);
-    table_sums(1, 1100, 3, 300, 2);
-    table_sums(2, 30, 2, 9000, 1);  // tables beyond shared memory
+    table_sums(1, 1100, 2, 300, 1);
+    table_sums(1, 30, 2, 8200, 1);  // tables beyond shared memory
     table_sums(0, 5, 2, 4, 1);
     table_sums(2, 0, 2, 4, 1);
+    for (bool ties : {false, true}) {
+      assignment(70, 2, 130, 19, DType::f32, ties, {1});
+      assignment(5, 3, 7, 4, DType::bf16, ties, {1, 3, 7});
+      assignment(2, 1, 300, 2, DType::f16, ties, {1, 300});
+    }
+    assignment(0, 2, 3, 4, DType::f32, false, {1, 2});
+    integers();
   });
   return report();
 }

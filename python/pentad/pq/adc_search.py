@@ -44,7 +44,8 @@ def topk_adc(queries, codes, codebooks, k, *, metric="l2", mask=None):
     Raises
     ------
     ValueError
-        For a code that has no row, sizes that do not match, or scores that are not finite.
+        For a code that has no row, sizes that do not match, or scores that are not finite. (On a
+        CUDA device, where neither is looked at, rows that score NaN are left out.)
     TypeError
         For codes that are no integers, or queries and codebooks that are no floats.
 
@@ -58,7 +59,7 @@ def topk_adc(queries, codes, codebooks, k, *, metric="l2", mask=None):
     """
     op = "pq.topk_adc"
     given = {"queries": queries, "codes": codes, "codebooks": codebooks, "mask": mask}
-    numpy = is_numpy(op, **given, optional=["mask"])
+    numpy = is_numpy(op, cuda=True, **given, optional=["mask"])
     check_choice(op, "metric", metric, METRICS)
     check_dtype(op, "queries", queries, FLOATS)
     check_dtype(op, "codebooks", codebooks, FLOATS)

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import dtype_name, empty_like, is_numpy, to_numpy
+from pentad._arrays import dtype_name, empty_like, is_numpy, on_device, to_numpy
 from pentad._checks import check_choice, check_count, check_floats
 
 METRICS = ("l2", "ip", "cosine")
@@ -66,12 +66,16 @@ def nearest(x, codebooks, metric, top=1, *, distances=False):
     shape = (x.shape[0], x.shape[1], top)
     codes = empty_like(x, shape, code_dtype(codebooks.shape[1]))
     costs = empty_like(x, shape, "float32") if distances else None
-    _C.pq_assign(x, codebooks, metric, codes, costs)
+    sizes = (*shape[:2], *codebooks.shape[1:], top)
+    device = on_device(x, _C.pq_assign_scratch, *sizes)
+    _C.pq_assign(x, codebooks, metric, codes, costs, *device)
     return codes, costs
 
 
 def _residual(x, codebooks, metric):
     """Every level takes what the levels before it left, in float32 (float64 where either is)."""
+    if not isinstance(x, np.ndarray) and x.is_cuda:
+        return residual_of_tensors(x.float(), codebooks.float(), metric)
     dtypes = {dtype_name(x), dtype_name(codebooks)}
     work = np.float64 if "float64" in dtypes else np.float32
     rest = to_numpy(x).astype(work)  # a copy
@@ -82,6 +86,17 @@ def _residual(x, codebooks, metric):
         to_numpy(codes)[:, level] = found[:, 0, 0]
         rest -= book[found[:, 0, 0]]
     return codes
+
+
+def residual_of_tensors(rest, codebooks, metric):
+    """`_residual` of float32 tensors on any device."""
+    levels = []
+    for book in codebooks:
+        levels.append(nearest(rest[:, None], book[None], metric)[0][:, 0, 0])
+        rest = rest - book[levels[-1].long()]
+    import torch
+
+    return torch.stack(levels, 1)
 
 
 def assign_kernel(x, codebooks, metric, form, top):
@@ -135,7 +150,8 @@ def assign(x, codebooks, *, metric="l2", form="product", top=None):
     ------
     ValueError
         For shapes that do not fit, an unknown metric or form, `top` out of range, and NaN or
-        infinity in either array.
+        infinity in either array; on a CUDA device, whose arrays are not looked at, those have any
+        code.
     TypeError
         For another dtype.
 
@@ -148,7 +164,7 @@ def assign(x, codebooks, *, metric="l2", form="product", top=None):
            [0, 1]], dtype=uint8)
     """
     op = "pq.assign"
-    numpy = is_numpy(op, x=x, codebooks=codebooks)
+    numpy = is_numpy(op, cuda=True, x=x, codebooks=codebooks)
     check_choice(op, "metric", metric, METRICS)
     check_choice(op, "form", form, FORMS)
     check_floats(op, x=x, codebooks=codebooks)

@@ -17,6 +17,7 @@ assign = define(
     "pq_assign(Tensor x, Tensor codebooks, str metric, str form, SymInt top) -> Tensor",
     assign_kernel,
     _fake,
+    cuda=True,
 )
 
 

@@ -7,7 +7,7 @@ import operator
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import is_numpy
+from pentad._arrays import is_numpy, on_device
 from pentad._checks import check_count, check_counts, check_dtype, check_sequence
 from pentad.pq.lookup import INTEGERS
 
@@ -39,7 +39,8 @@ def pack_codes(codes, nbits):
     Raises
     ------
     ValueError
-        For a code that `nbits` bits do not hold.
+        For a code that `nbits` bits do not hold. (On a CUDA device, where codes are not looked
+        at, its low bits are packed.)
 
     Examples
     --------
@@ -48,7 +49,7 @@ def pack_codes(codes, nbits):
     array([[33, 15]], dtype=uint8)
     """
     op = "pq.pack_codes"
-    numpy = is_numpy(op, codes=codes)
+    numpy = is_numpy(op, cuda=True, codes=codes)
     check_dtype(op, "codes", codes, INTEGERS)
     nbits = _check_bits(op, nbits)
     if codes.ndim < 1:
@@ -57,7 +58,7 @@ def pack_codes(codes, nbits):
     rows = codes.reshape(math.prod(lead), codes.shape[-1])
     if numpy:
         packed = np.empty((len(rows), -(-rows.shape[1] * nbits // 8)), np.uint8)
-        _C.pq_pack_codes(rows, nbits, packed)
+        _C.pq_pack_codes(rows, nbits, packed, *on_device(rows))
     else:
         from pentad.pq import codes_ops
 
@@ -87,7 +88,7 @@ def unpack_codes(packed, nbits, M):
     array([[ 1,  2, 15]], dtype=uint8)
     """
     op = "pq.unpack_codes"
-    numpy = is_numpy(op, packed=packed)
+    numpy = is_numpy(op, cuda=True, packed=packed)
     check_dtype(op, "packed", packed, ("uint8",))
     nbits, columns = _check_bits(op, nbits), check_count(op, "M", M)
     if packed.ndim < 1 or packed.shape[-1] != -(-columns * nbits // 8):
@@ -99,7 +100,7 @@ def unpack_codes(packed, nbits, M):
     rows = packed.reshape(math.prod(lead), packed.shape[-1])
     if numpy:
         codes = np.empty((len(rows), columns), np.uint8 if nbits <= 8 else np.int32)
-        _C.pq_unpack_codes(rows, nbits, codes)
+        _C.pq_unpack_codes(rows, nbits, codes, *on_device(rows))
     else:
         from pentad.pq import codes_ops
 
@@ -148,7 +149,7 @@ def hash_codes(ids, seeds, sizes):
            [484,   8]])
     """
     op = "pq.hash_codes"
-    numpy = is_numpy(op, ids=ids)
+    numpy = is_numpy(op, cuda=True, ids=ids)
     check_dtype(op, "ids", ids, INTEGERS)
     seeds = [_check_seed(op, seed) for seed in check_sequence(op, "seeds", seeds)]
     sizes = [sizes] * len(seeds) if hasattr(sizes, "__index__") else sizes
@@ -158,7 +159,7 @@ def hash_codes(ids, seeds, sizes):
     flat = ids.reshape(-1)
     if numpy:
         out = np.empty((len(flat), len(sizes)), np.int64)
-        _C.pq_hash_codes(flat, seeds, sizes, out)
+        _C.pq_hash_codes(flat, seeds, sizes, out, *on_device(flat))
     else:
         from pentad.pq import codes_ops
 
@@ -188,7 +189,8 @@ def quotient_remainder(ids, sizes):
     Raises
     ------
     ValueError
-        For an id that the sizes do not hold.
+        For an id that the sizes do not hold. (On a CUDA device, where ids are not looked at, it
+        has some digits.)
 
     Examples
     --------
@@ -199,13 +201,13 @@ def quotient_remainder(ids, sizes):
            [3, 2]])
     """
     op = "pq.quotient_remainder"
-    numpy = is_numpy(op, ids=ids)
+    numpy = is_numpy(op, cuda=True, ids=ids)
     check_dtype(op, "ids", ids, INTEGERS)
     sizes = _check_sizes(op, sizes)
     flat = ids.reshape(-1)
     if numpy:
         out = np.empty((len(flat), len(sizes)), np.int64)
-        _C.pq_digits(flat, sizes, out)
+        _C.pq_digits(flat, sizes, out, *on_device(flat))
     else:
         from pentad.pq import codes_ops
 

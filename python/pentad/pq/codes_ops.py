@@ -4,6 +4,7 @@
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 from pentad._ops import define
 
 
@@ -23,35 +24,40 @@ def _empty_rows(ids, sizes):
 
 def _pack(codes, nbits):
     packed = _empty_packed(codes, nbits)
-    _C.pq_pack_codes(codes, nbits, packed)
+    _C.pq_pack_codes(codes, nbits, packed, *on_device(codes))
     return packed
 
 
 def _unpack(packed, nbits, columns):
     codes = _empty_codes(packed, nbits, columns)
-    _C.pq_unpack_codes(packed, nbits, codes)
+    _C.pq_unpack_codes(packed, nbits, codes, *on_device(packed))
     return codes
 
 
 def _hash_ids(ids, seeds, sizes):
     out = _empty_rows(ids, sizes)
-    _C.pq_hash_codes(ids, [seed % 2**64 for seed in seeds], sizes, out)
+    seeds = [seed % 2**64 for seed in seeds]
+    _C.pq_hash_codes(ids, seeds, sizes, out, *on_device(ids))
     return out
 
 
 def _digits(ids, sizes):
     out = _empty_rows(ids, sizes)
-    _C.pq_digits(ids, sizes, out)
+    _C.pq_digits(ids, sizes, out, *on_device(ids))
     return out
 
 
-pack = define("pq_pack_codes(Tensor codes, int nbits) -> Tensor", _pack, _empty_packed)
+pack = define("pq_pack_codes(Tensor codes, int nbits) -> Tensor", _pack, _empty_packed, cuda=True)
 unpack = define(
-    "pq_unpack_codes(Tensor packed, int nbits, SymInt columns) -> Tensor", _unpack, _empty_codes
+    "pq_unpack_codes(Tensor packed, int nbits, SymInt columns) -> Tensor",
+    _unpack,
+    _empty_codes,
+    cuda=True,
 )
 hash_ids = define(
     "pq_hash_codes(Tensor ids, int[] seeds, int[] sizes) -> Tensor",
     _hash_ids,
     lambda ids, seeds, sizes: _empty_rows(ids, sizes),
+    cuda=True,
 )
-digits = define("pq_digits(Tensor ids, int[] sizes) -> Tensor", _digits, _empty_rows)
+digits = define("pq_digits(Tensor ids, int[] sizes) -> Tensor", _digits, _empty_rows, cuda=True)

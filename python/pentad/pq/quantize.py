@@ -105,7 +105,7 @@ def quantize(x, codebooks, *, metric="l2", form="product", estimator="ste"):
     tensor([ 0.0500, -0.0500])
     """
     op = "pq.quantize"
-    numpy = is_numpy(op, x=x, codebooks=codebooks)
+    numpy = is_numpy(op, cuda=True, x=x, codebooks=codebooks)
     check_floats(op, x=x, codebooks=codebooks)
     check_choice(op, "metric", metric, METRICS)
     check_choice(op, "form", form, COMBINE)
@@ -155,7 +155,8 @@ def usage(codes, K):
     Raises
     ------
     ValueError
-        If a code is not within 0 to K - 1, or K is not positive.
+        If a code is not within 0 to K - 1 (on a CUDA device such codes are not counted), or K is
+        not positive.
     TypeError
         For another dtype.
 
@@ -166,7 +167,7 @@ def usage(codes, K):
     array([[2, 0, 1, 0],
            [0, 1, 2, 0]])
     """
-    numpy = is_numpy("pq.usage", codes=codes)
+    numpy = is_numpy("pq.usage", cuda=True, codes=codes)
     check_dtype("pq.usage", "codes", codes, INTEGERS)
     K = check_count("pq.usage", "K", K, 1)
     if codes.ndim < 1:

@@ -11,10 +11,28 @@ from pentad.pq.quantize import histogram
 _NEARLY_OPPOSITE = 1e-6  # length of the sum of two unit vectors that has no direction left
 
 
+def _usage(codes, K):
+    if codes.is_cuda:
+        return counted(codes, K)
+    return torch.from_numpy(histogram(codes.numpy(), K))
+
+
+def counted(codes, K):
+    """The histogram by torch, on any device."""
+    count = codes.shape[-1]
+    # As int64 an unsigned number beyond 2^63 is negative, which is no code either.
+    flat = codes.reshape(-1, count).long()
+    inside = (flat >= 0) & (flat < K)
+    places = flat.clamp(0, K - 1) + K * torch.arange(count, device=codes.device)
+    counts = torch.zeros(count * K, dtype=torch.int64, device=codes.device)
+    return counts.scatter_add_(0, places.flatten(), inside.long().flatten()).view(count, K)
+
+
 usage = define(
     "pq_usage(Tensor codes, SymInt K) -> Tensor",
-    lambda codes, K: torch.from_numpy(histogram(codes.numpy(), K)),
+    _usage,
     lambda codes, K: codes.new_empty((codes.shape[-1], K), dtype=torch.int64),
+    cuda=True,
 )
 
 
