@@ -100,7 +100,8 @@ test-aarch64: $(TOOLS)
 # C++ tests say of the kernels, these say of the way from Python to them. An environment of its own
 # sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
-CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py tests/test_sparse_splade.py \
+CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py \
+  $(addprefix tests/test_sparse_,splade.py score.py topk.py) \
   $(addprefix tests/test_pq_,lookup.py adc.py assign.py codes.py quantize.py on_devices.py)
 # Of these, thousands of combinations of options, one in forty.
 CUDA_HOST_SAMPLED := $(addprefix tests/test_attention,.py _api.py _block_mask.py _extension.py \

@@ -92,3 +92,67 @@ def test_large_heads(rng):
         want = torch.log1p(logits.relu())[mask[b]]
         want = want.amax(0) if len(want) else torch.zeros(30522, device="cuda")
         torch.testing.assert_close(got[b].float(), want, rtol=2e-2, atol=2e-2)
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def rows(rng, n, vocab=200, most=40, dtype="float32"):
+    """indptr, terms and values, terms in any order, some twice."""
+    sizes = rng.integers(0, most, n)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(sizes.cumsum())])
+    terms = torch.from_numpy(rng.integers(0, vocab, int(indptr[-1])))
+    values = torch.from_numpy(rng.standard_normal(int(indptr[-1])))
+    return indptr, terms, values.to(getattr(torch, dtype))
+
+
+def score(q_indptr, q_terms, q_values, d_indptr, d_terms, d_values, pairs=None, vocab=200):
+    queries, docs = (q_indptr, q_terms, q_values, vocab), (d_indptr, d_terms, d_values, vocab)
+    return S.score(queries, docs, pairs=pairs)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("paired", [False, True])
+def test_same_results_score(rng, dtype, paired):
+    inputs = (*rows(rng, 70, dtype=dtype), *rows(rng, 45, dtype=dtype))
+    if paired:
+        inputs = (*inputs, torch.from_numpy(rng.integers(0, 45, (60, 2))))
+    check_results(score, inputs, rtol=0, atol=0)
+    check_gradients(score, inputs, **TOLERANCE[dtype])
+
+
+def test_same_results_score_of_any_vocabulary(rng):
+    wide = functools.partial(score, vocab=2**31 - 1)
+    check_results(wide, (*rows(rng, 7), *rows(rng, 9)), rtol=0, atol=0)
+
+
+def canonical(rng, n):
+    indptr = torch.arange(n + 1) * 20
+    terms = [torch.from_numpy(rng.choice(200, 20, replace=False)).sort()[0] for _ in range(n)]
+    return indptr, torch.cat(terms), torch.from_numpy(rng.standard_normal(20 * n)).float()
+
+
+def test_score_repeats_and_runs_anywhere(rng):
+    first, second = ((*canonical(rng, 40), *canonical(rng, 300)) for _ in range(2))
+    check_repeats(score, first)
+    check_streams(score, first, second, rtol=0, atol=0)
+    check_captured(score, first, second, rtol=0, atol=0)
+    with pytest.raises(pentad.DeviceError):
+        score(*on_gpu(first[:3]), *first[3:])
+    with pytest.raises(ValueError, match="queries"):
+        score(*on_gpu((*first[:2], first[2] * torch.nan, *first[3:])))
+
+
+# --- The largest of each row ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(("n", "d", "k"), [(3, 1, 1), (5, 700, 9), (2, 3000, 2000)])
+def test_same_results_topk(rng, dtype, absolute, n, d, k):
+    x = torch.from_numpy(rng.integers(-50, 50, (n, d)) / 8).to(getattr(torch, dtype))
+    for call in (S.topk_sparsify, S.topk_codes):
+        chosen = functools.partial(call, k=k, absolute=absolute)
+        check_results(chosen, (x,), rtol=0, atol=0)
+        check_results(chosen, (x.T.contiguous().T,), rtol=0, atol=0)
+        check_gradients(chosen, (x,), rtol=0, atol=0)

@@ -14,6 +14,7 @@ void bind_scan(pybind11::module_& m);
 void bind_scan2d(pybind11::module_& m);
 void bind_sparse_index(pybind11::module_& m);
 void bind_sparse_score(pybind11::module_& m);
+void bind_sparse_score_cuda(pybind11::module_& m);
 void bind_sparse_select(pybind11::module_& m);
 void bind_sparse_splade(pybind11::module_& m);
 }  // namespace pentad
@@ -33,6 +34,7 @@ PYBIND11_MODULE(_C, m) {
   pentad::bind_scan2d(m);
   pentad::bind_sparse_index(m);
   pentad::bind_sparse_score(m);
+  pentad::bind_sparse_score_cuda(m);
   pentad::bind_sparse_select(m);
   pentad::bind_sparse_splade(m);
 }

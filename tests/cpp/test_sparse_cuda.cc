@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CUDA kernels, executed on the CPU lane by lane, against the definitions: odd sizes, strides,
 // every option, each order of the lanes.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "check.h"
 #include "orders.h"
+#include "sparse/score_cuda.h"
 #include "sparse/splade_cuda.h"
 #include "splade_case.h"
 
@@ -122,10 +125,135 @@ void empty_heads() {
     }
 }
 
+// --- Scores --------------------------------------------------------------------------------------
+
+struct Sample {
+  int64_t rows, columns;
+  std::vector<int64_t> indptr{0};
+  std::vector<int32_t> indices;
+  std::vector<float> values;
+
+  Sample(int64_t rows, int64_t columns, int most) : rows(rows), columns(columns) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < rows; ++i) {
+      std::vector<int32_t> terms(columns);
+      for (int64_t j = 0; j < columns; ++j) terms[j] = static_cast<int32_t>(j);
+      std::shuffle(terms.begin(), terms.end(), generator);
+      terms.resize(std::min<int64_t>(columns, generator() % (most + 1)));
+      std::sort(terms.begin(), terms.end());
+      for (int32_t term : terms) indices.push_back(term), values.push_back(normal(generator));
+      indptr.push_back(static_cast<int64_t>(indices.size()));
+    }
+    indices.shrink_to_fit(), values.shrink_to_fit();
+  }
+  Rows<float> view() const {
+    return {rows, static_cast<int64_t>(indices.size()), indptr.data(), indices.data(),
+            values.data()};
+  }
+};
+
+std::vector<float> numbers(int64_t n) {
+  std::normal_distribution<float> normal;
+  std::vector<float> out(n);
+  for (float& x : out) x = normal(generator);
+  return out;
+}
+
+// The bits of the CPU's scores, whose own tests hold them to the definition; gradients may differ by
+// the order of double sums.
+void scores(const Sample& q, const Sample& d) {
+  const int64_t size = q.rows * d.rows, nq = q.indices.size(), nd = d.indices.size();
+  std::vector<float> got(size), want(size), dq(nq), dd(nd), want_dq(nq), want_dd(nd);
+  auto scratch = room(cuda::score_scratch(q.rows, q.columns));
+  cuda::score(stream, q.view(), d.view(), q.columns, got.data(), scratch.data());
+  score(q.view(), d.view(), want.data());
+  CHECK(got == want, q.rows, d.rows);
+
+  const std::vector<float> g = numbers(size);
+  scratch = room(cuda::score_backward_scratch(q.rows, d.rows, nq, nd, q.columns));
+  cuda::score_backward(stream, q.view(), d.view(), q.columns, g.data(), dq.data(), dd.data(),
+                       scratch.data());
+  score_backward(q.view(), d.view(), g.data(), want_dq.data(), want_dd.data());
+  for (int64_t i = 0; i < nq; ++i) CHECK(std::abs(dq[i] - want_dq[i]) < 1e-5, i, dq[i], want_dq[i]);
+  for (int64_t i = 0; i < nd; ++i) CHECK(std::abs(dd[i] - want_dd[i]) < 1e-5, i, dd[i], want_dd[i]);
+}
+
+void pairs_of(const Sample& q, const Sample& d, int64_t count) {
+  std::vector<int64_t> query(count), doc(count);
+  for (int64_t p = 0; p < count; ++p)
+    query[p] = generator() % q.rows, doc[p] = generator() % d.rows;
+  const Pairs pairs{count, query.data(), doc.data()};
+  std::vector<float> got(count), want(count);
+  cuda::score_pairs(stream, q.view(), d.view(), pairs, got.data());
+  score_pairs(q.view(), d.view(), pairs, want.data());
+  CHECK(got == want, count);
+
+  const std::vector<float> g = numbers(count);
+  std::vector<float> grads[2], expected[2];
+  for (int side = 0; side < 2; ++side) {
+    const Sample &own = side ? d : q, &other = side ? q : d;
+    const std::vector<int64_t>&rows = side ? doc : query, &others = side ? query : doc;
+    std::vector<int64_t> order(count), starts(own.rows + 1);
+    for (int64_t p = 0; p < count; ++p) order[p] = p, ++starts[rows[p] + 1];
+    for (int64_t r = 0; r < own.rows; ++r) starts[r + 1] += starts[r];
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return rows[a] < rows[b]; });
+    grads[side].resize(own.indices.size()), expected[side].resize(own.indices.size());
+    cuda::score_pairs_backward(stream, own.view(), other.view(),
+                               {starts.data(), order.data(), others.data(), count}, g.data(),
+                               grads[side].data());
+  }
+  score_pairs_backward(q.view(), d.view(), pairs, g.data(), expected[0].data(), expected[1].data());
+  for (int side = 0; side < 2; ++side)
+    for (size_t i = 0; i < grads[side].size(); ++i)
+      CHECK(std::abs(grads[side][i] - expected[side][i]) < 1e-5, side, i);
+}
+
+// --- The largest of each row -----------------------------------------------------------------------
+
+void largest(DType dtype, int64_t n, int64_t d, int64_t k, bool absolute, bool turned) {
+  const int64_t size = size_of(dtype);
+  std::vector<char> x(n * d * size);
+  const double odd[] = {0.0, -0.0, NAN, INFINITY, -INFINITY};
+  for (int64_t i = 0; i < n * d; ++i)
+    write_real(
+        x.data(), dtype, i,
+        generator() % 9 ? static_cast<double>(generator() % 64) / 8 - 4 : odd[generator() % 5]);
+  const FloatRows rows{x.data(), dtype, n, d, turned ? 1 : d, turned ? n : 1};
+  std::vector<int32_t> narrow(n * k), want_narrow(n * k);
+  std::vector<int64_t> wide(n * k);
+  std::vector<char> values(n * k * size), want_values(n * k * size), out(n * d * size, 7),
+      want_out(n * d * size);
+  cuda::select_topk(stream, rows, k, absolute, narrow.data(), DType::i32, values.data(), nullptr);
+  cuda::select_topk(stream, rows, k, absolute, wide.data(), DType::i64, nullptr, out.data());
+  select_topk(rows, k, absolute, want_narrow.data(), DType::i32, want_values.data());
+  sparsify_topk(rows, k, absolute, want_out.data());
+  CHECK(narrow == want_narrow, static_cast<int>(dtype), n, d, k);
+  CHECK(std::equal(wide.begin(), wide.end(), want_narrow.begin()), n, d, k);
+  CHECK(values == want_values, static_cast<int>(dtype), n, d, k);
+  CHECK(out == want_out, static_cast<int>(dtype), n, d, k);
+}
+
 }  // namespace
 
 int main() {
   in_every_order([] {
+    scores(Sample(1, 1, 1), Sample(1, 1, 1));
+    scores(Sample(3, 50, 20), Sample(70, 50, 45));
+    scores(Sample(70, 50, 20), Sample(33, 50, 45));
+    scores(Sample(5, 7, 0), Sample(4, 7, 5));
+    scores(Sample(0, 7, 3), Sample(4, 7, 5));
+    scores(Sample(4, 7, 3), Sample(0, 7, 5));
+    pairs_of(Sample(5, 200, 90), Sample(6, 200, 180), 37);
+    pairs_of(Sample(5, 20, 9), Sample(6, 20, 18), 0);
+    for (DType dtype : {DType::f32, DType::f16, DType::bf16})
+      for (bool absolute : {false, true}) {
+        largest(dtype, 3, 1, 1, absolute, false);
+        largest(dtype, 2, 700, 5, absolute, true);
+        largest(dtype, 2, 1100, 600, absolute, false);
+        largest(dtype, 1, 30, 30, absolute, false);
+        largest(dtype, 2, 30, 0, absolute, false);
+      }
     heads();
     strided_heads();
     nans();

@@ -105,7 +105,7 @@ def rows_and_values(op: str, name: str, x, *, vocab: int | None = None):
 def _rows_of_parts(op, name, parts, vocab) -> Rows:
     """Rows whose `place` counts the entries of `parts`."""
     columns = columns_of(op, name, parts, vocab)
-    arrays = (to_numpy(a) for a in parts[:3])
+    arrays = (to_numpy(a, op) for a in parts[:3])
     return canonical(op, name, *arrays, columns, dtype_name(parts.values))
 
 
@@ -186,7 +186,7 @@ def _are_usual(parts: Parts) -> bool:
 def _check_parts(op: str, name: str, parts: Parts) -> None:
     """Kinds, dtypes and ranks."""
     given = {f"{name}'s {part}": getattr(parts, part) for part in ("indptr", "indices", "values")}
-    is_numpy(op, **given)
+    is_numpy(op, **given, cuda=True)
     check_dtype(op, f"{name}'s indptr", parts.indptr, INTEGERS)
     check_dtype(op, f"{name}'s indices", parts.indices, INTEGERS)
     check_dtype(op, f"{name}'s values", parts.values, FLOATS)

@@ -42,6 +42,9 @@ def score(queries, docs, *, pairs=None):
         for any number of threads and any batch, and never -0. Gradients are double sums as well,
         on the non-zeros alone, explicit zeros among them; equal terms of a row have equal ones.
 
+    On a CUDA device the checks end in a few flags that the host waits for, and are left out while a
+    graph is captured, which rows of rising terms can be part of.
+
     Raises
     ------
     ValueError
@@ -69,7 +72,9 @@ def score(queries, docs, *, pairs=None):
         columns = MOST_COLUMNS
     if isinstance(pairs, tuple):
         pairs = _paired(op, q.values, pairs)
-    numpy = is_numpy(op, queries=q.values, docs=d.values, pairs=pairs, optional=("pairs",))
+    numpy = is_numpy(
+        op, queries=q.values, docs=d.values, pairs=pairs, optional=("pairs",), cuda=True
+    )
     if pairs is not None:
         check_dtype(op, "pairs", pairs, INTEGERS)
         if pairs.ndim != 2 or pairs.shape[1] != 2:
@@ -86,7 +91,7 @@ def _paired(op, values, pairs):
     if len(pairs) != 2:
         raise ValueError(f"[{op}] pairs are a tuple of {len(pairs)}, expected (queries, docs)")
     one, other = pairs
-    numpy = is_numpy(op, queries=values, **{"pairs[0]": one, "pairs[1]": other})
+    numpy = is_numpy(op, queries=values, **{"pairs[0]": one, "pairs[1]": other}, cuda=True)
     for i, part in enumerate(pairs):
         check_dtype(op, f"pairs[{i}]", part, INTEGERS)
         if part.ndim != 1 or part.shape != one.shape:

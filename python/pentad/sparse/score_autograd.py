@@ -4,7 +4,9 @@
 import torch
 
 from pentad import _C
+from pentad._arrays import runs_cuda
 from pentad._ops import define, needs_grad, quick_apply, spread
+from pentad.sparse import score_device
 
 _KNOWN = (torch.int32, torch.int64)
 
@@ -28,6 +30,11 @@ def _sides(q_indptr, q_indices, q_values, d_indptr, d_indices, d_values, pairs):
     return *queries, *_ready(d_indptr, d_indices, d_values), pairs
 
 
+def _by_device(q_values, d_values):
+    """Whether the CUDA kernels have these: not float64, which is refused on a device."""
+    return q_values.is_cuda or (runs_cuda(q_values) and _wide(q_values, d_values) == torch.float32)
+
+
 def _shape(q_indptr, d_indptr, pairs):
     if pairs is not None:
         return (pairs.shape[0],)
@@ -42,7 +49,10 @@ def _empty(q_indptr, q_indices, q_values, d_indptr, d_indices, d_values, pairs, 
 def _forward(q_indptr, q_indices, q_values, d_indptr, d_indices, d_values, pairs, columns):
     out = q_values.new_empty(_shape(q_indptr, d_indptr, pairs), dtype=_wide(q_values, d_values))
     sides = _sides(q_indptr, q_indices, q_values, d_indptr, d_indices, d_values, pairs)
-    _C.sparse_score(*sides, columns, out)
+    if _by_device(q_values, d_values):
+        out = score_device.score(sides[:3], sides[3:6], sides[6], columns)
+    else:
+        _C.sparse_score(*sides, columns, out)
     return out.to(torch.promote_types(q_values.dtype, d_values.dtype))
 
 
@@ -64,6 +74,12 @@ def _backward(
     gradients = _empty_gradients(d_out, *given, columns, wanted)
     written = (g if want else None for g, want in zip(gradients, wanted, strict=True))
     d_out = d_out.to(_wide(q_values, d_values)).contiguous()
+    if _by_device(q_values, d_values):
+        sides = _sides(*given)
+        found = score_device.score_backward(d_out, sides[:3], sides[3:6], sides[6], columns, wanted)
+        return tuple(
+            none if grad is None else grad for none, grad in zip(gradients, found, strict=True)
+        )
     _C.sparse_score_backward(d_out, *_sides(*given), columns, *written)
     return gradients
 
@@ -72,11 +88,12 @@ _SCORE = (
     "Tensor q_indptr, Tensor q_indices, Tensor q_values, "
     "Tensor d_indptr, Tensor d_indices, Tensor d_values, Tensor? pairs, int columns"
 )
-forward = define(f"sparse_score({_SCORE}) -> Tensor", _forward, _empty)
+forward = define(f"sparse_score({_SCORE}) -> Tensor", _forward, _empty, cuda=True)
 backward = define(
     f"sparse_score_backward(Tensor d_out, {_SCORE}, bool[] wanted) -> (Tensor, Tensor)",
     _backward,
     _empty_gradients,
+    cuda=True,
 )
 
 

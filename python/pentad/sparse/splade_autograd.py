@@ -4,7 +4,7 @@
 import torch
 
 from pentad import _C
-from pentad._arrays import on_device
+from pentad._arrays import on_device, runs_cuda
 from pentad._ops import autocast_device, define, needs_grad, quick_apply, spread
 
 OP = "sparse.splade_head"
@@ -61,6 +61,10 @@ def _backward(d_out, hidden, weight, bias, mask, top, place, pooling, activation
 
 
 def _keep(x, k):
+    if runs_cuda(x) and x.dtype != torch.float64:  # none is below 0, so these are the largest
+        out = x.new_empty(x.shape)
+        _C.sparse_topk_sparsify(x, min(k, x.shape[1]), False, out, *on_device(x))
+        return out
     out = x.clone(memory_format=torch.contiguous_format)
     _C.sparse_splade_keep(out, k)
     return out
@@ -82,7 +86,10 @@ backward = define(
     cuda=True,
 )
 keep = define(
-    "sparse_splade_keep(Tensor x, SymInt k) -> Tensor", _keep, lambda x, k: x.new_empty(x.shape)
+    "sparse_splade_keep(Tensor x, SymInt k) -> Tensor",
+    _keep,
+    lambda x, k: x.new_empty(x.shape),
+    cuda=True,
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import is_numpy
+from pentad._arrays import is_numpy, on_device
 from pentad._checks import FLOATS, check_count, check_dtype
 
 
@@ -93,7 +93,7 @@ def topk_sparsify(x, k, *, absolute=False, straight_through=False):
     numpy, rows, k = _rows("sparse.topk_sparsify", x, k)
     if numpy:
         out = np.empty(rows.shape, rows.dtype)
-        _C.sparse_topk_sparsify(rows, k, bool(absolute), out)
+        _C.sparse_topk_sparsify(rows, k, bool(absolute), out, *on_device(rows))
     else:
         from pentad.sparse import topk_autograd
 
@@ -139,7 +139,7 @@ def topk_codes(x, k, *, absolute=False):
     numpy, rows, k = _rows("sparse.topk_codes", x, k)
     if numpy:
         indices, values = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), rows.dtype)
-        _C.sparse_topk(rows, k, bool(absolute), indices, values)
+        _C.sparse_topk(rows, k, bool(absolute), indices, values, *on_device(rows))
         indptr = np.arange(len(rows) + 1, dtype=np.int64) * k
         return SparseCodes(indptr, indices.reshape(-1), values.reshape(-1), rows.shape[1])
     from pentad.sparse import topk_autograd
@@ -150,7 +150,7 @@ def topk_codes(x, k, *, absolute=False):
 
 def _rows(op, x, k):
     """Whether in numpy, (n, d), and the number that is kept."""
-    numpy = is_numpy(op, x=x)
+    numpy = is_numpy(op, x=x, cuda=True)
     check_dtype(op, "x", x, FLOATS)
     k = check_count(op, "k", k, 1)
     if x.ndim < 1:

@@ -4,6 +4,7 @@
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 from pentad._ops import define, needs_grad
 from pentad.sparse.topk import SparseCodes
 
@@ -14,7 +15,7 @@ def _empty_indices(x, k, absolute):
 
 def _indices(x, k, absolute):
     out = _empty_indices(x, k, absolute)
-    _C.sparse_topk(x, k, absolute, out, None)
+    _C.sparse_topk(x, k, absolute, out, None, *on_device(x))
     return out
 
 
@@ -24,15 +25,18 @@ def _empty(x, k, absolute):
 
 def _sparsify(x, k, absolute):
     out = _empty(x, k, absolute)
-    _C.sparse_topk_sparsify(x, k, absolute, out)
+    _C.sparse_topk_sparsify(x, k, absolute, out, *on_device(x))
     return out
 
 
 indices_op = define(
-    "sparse_topk(Tensor x, SymInt k, bool absolute) -> Tensor", _indices, _empty_indices
+    "sparse_topk(Tensor x, SymInt k, bool absolute) -> Tensor", _indices, _empty_indices, cuda=True
 )
 sparsify_op = define(
-    "sparse_topk_sparsify(Tensor x, SymInt k, bool absolute) -> Tensor", _sparsify, _empty
+    "sparse_topk_sparsify(Tensor x, SymInt k, bool absolute) -> Tensor",
+    _sparsify,
+    _empty,
+    cuda=True,
 )
 
 
