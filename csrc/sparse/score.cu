@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kLanes)
   }
   const Range of_query = queries.of(q), of_doc = docs.of(d);
   const bool by_query = of_query.end - of_query.begin <= of_doc.end - of_doc.begin;
-  const SafeRows &own = by_query ? queries : docs, &other = by_query ? docs : queries;
+  const SafeRows own = by_query ? queries : docs, other = by_query ? docs : queries;
   const Range range = by_query ? of_query : of_doc, within = by_query ? of_doc : of_query;
   double sum = 0;
   for (int64_t e0 = range.begin; e0 < range.end; e0 += 32) {
