@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "bindings/lists.h"
+#include "bindings/sparse_rows.h"
 #include "bindings/tensor_caster.h"
 #include "bindings/writes.h"
-#include "sparse/csr.h"
 #include "sparse/score.h"
 
 namespace py = pybind11;
@@ -20,45 +20,10 @@ using Optional = std::optional<TensorView>;
 
 DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// Three arrays of one argument, borrowed; indptr is copied.
-struct Argument {
-  GivenRows given;
-  std::vector<int64_t> indptr;
-  TensorView indices, values;
-
-  Argument(const char* op, const char* name, const TensorView& starts, const TensorView& indices,
-           const TensorView& values, int64_t columns)
-      : indices(indices), values(values) {
-    const std::string of = std::string(name) + "'s ";
-    indptr = lists::integers(starts, op, (of + "indptr").c_str());
-    expect(indices, op, (of + "indices").c_str(), {DType::i32, DType::i64}, 1);
-    expect(values, op, (of + "values").c_str(), {DType::f32, DType::f16, DType::bf16, DType::f64},
-           1);
-    if (indptr.empty()) bad_value(op, of + "indptr is empty");
-    if (indices.shape[0] != values.shape[0])
-      bad_value(op, std::string(name) + " has " + std::to_string(indices.shape[0]) +
-                        " indices but " + std::to_string(values.shape[0]) + " values");
-    if (!is_contiguous(indices) || !is_contiguous(values))
-      bad_value(op, std::string(name) + " is not contiguous");
-    if (columns < 0 || columns > kMostColumns)
-      bad_value(op, std::string(name) + " has " + std::to_string(columns) + " columns");
-    given = {op,
-             name,
-             static_cast<int64_t>(indptr.size()) - 1,
-             indices.shape[0],
-             indptr.data(),
-             indices.data,
-             indices.dtype,
-             values.data,
-             values.dtype,
-             columns};
-  }
-};
-
 void bind_rows(py::module_& m) {
   m.def("sparse_check", [](const std::string& op, const std::string& name, const TensorView& indptr,
                            const TensorView& indices, const TensorView& values, int64_t columns) {
-    const Argument a(op.c_str(), name.c_str(), indptr, indices, values, columns);
+    const GivenArrays a(op.c_str(), name.c_str(), indptr, indices, values, columns);
     py::gil_scoped_release release;
     const Found found = check(a.given);
     return std::make_tuple(found.canonical, found.last);
@@ -67,7 +32,7 @@ void bind_rows(py::module_& m) {
                            const TensorView& indices, const TensorView& values, int64_t columns,
                            const TensorView& out_indptr, const TensorView& out_indices,
                            const TensorView& out_values, const TensorView& place) {
-    const Argument a(op.c_str(), name.c_str(), indptr, indices, values, columns);
+    const GivenArrays a(op.c_str(), name.c_str(), indptr, indices, values, columns);
     const int64_t nnz = a.given.nnz;
     expect_output(out_indptr, op.c_str(), "out_indptr", DType::i64, {a.given.rows + 1});
     expect_output(out_indices, op.c_str(), "out_indices", DType::i32, {nnz});
@@ -120,7 +85,7 @@ struct PairList {
 };
 
 struct ScoreArguments {
-  Argument queries, docs;
+  GivenArrays queries, docs;
   std::optional<PairList> pairs;
   DType dtype;
 
@@ -135,7 +100,7 @@ struct ScoreArguments {
   }
 
   void inputs(Writes& writes) const {
-    for (const Argument* a : {&queries, &docs}) {
+    for (const GivenArrays* a : {&queries, &docs}) {
       writes.input(a->given.name, a->indices);
       writes.input(a->given.name, a->values);
     }

@@ -16,6 +16,9 @@ struct SearchKernels {
                    uint16_t* sums);
   // sums[d] = 0 where mask[d] is 0, d < documents.
   void (*clear)(const uint8_t* mask, int64_t documents, uint16_t* sums);
+  // The largest sums of `groups` groups of `depth` documents each, so that no document is in two:
+  // group 32 i + j are the documents 32 (depth i + n) + j, n < depth. `groups` divides by 32.
+  void (*group_most)(const uint16_t* sums, int64_t groups, int64_t depth, uint16_t* most);
   // How many sums are at least `least`.
   int64_t (*count_from)(const uint16_t* sums, int64_t blocks, uint16_t least);
   // Their documents, rising; returns how many.

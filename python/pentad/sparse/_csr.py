@@ -83,6 +83,20 @@ def rows_of(op: str, name: str, x, *, vocab: int | None = None) -> Rows:
     return rows._replace(place=place)
 
 
+def given_rows(op: str, name: str, x, vocab: int):
+    """(indptr, indices, values) for a native entry that checks and sorts what stands in them.
+
+    Those of the usual dtypes as they are, which takes 2 us instead of 11; of others the rows in one
+    form, values in float32. Raises as `rows_of`, but not for the contents of the usual ones.
+    """
+    parts = parts_of(op, name, x)
+    if _are_usual(parts):
+        columns_of(op, name, parts, vocab)
+        return parts[:3]
+    rows = _rows_of_parts(op, name, parts, vocab)
+    return rows.indptr, rows.indices, rows.values.astype(np.float32, copy=False)
+
+
 def rows_and_values(op: str, name: str, x, *, vocab: int | None = None):
     """The checked rows, and their values in the caller's kind, float32 or float64.
 
@@ -174,12 +188,15 @@ _USUAL = {np.dtype(np.int32), np.dtype(np.int64)}
 
 
 def _are_usual(parts: Parts) -> bool:
-    """Whether no check can fail: the words of errors alone take 4 us, a tenth of a small search."""
+    """Whether these are contiguous arrays of numpy, of dtypes that no kernel copies: no check of
+    `_check_parts` can fail. The words of its errors alone take 4 us, a tenth of a small search.
+    """
     indptr, indices, values = parts[:3]
     return (
         (type(indptr) is type(indices) is type(values) is np.ndarray)
         and (indptr.ndim == indices.ndim == values.ndim == 1)
         and (indptr.dtype in _USUAL and indices.dtype in _USUAL and values.dtype == np.float32)
+        and (indices.flags.c_contiguous and values.flags.c_contiguous)
     )
 
 

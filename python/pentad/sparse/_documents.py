@@ -216,7 +216,7 @@ class Postings(Flat):
         self.ids.flags.writeable = False
         self.forward = rows.forward()
         self._kept, self._pending = kept, pending
-        self._all, self._building = None, threading.Lock()
+        self._all, self._lists, self._building = None, None, threading.Lock()
         if pending >= _PENDING:
             self.windows()
 
@@ -282,11 +282,19 @@ class Postings(Flat):
 
     # --- Search -----------------------------------------------------------------------------------
 
-    def best(self, queries: Queries, mask, k: int, options: _search.Options | None = None):
-        """(scores, positions) of the k best, whatever is not left out by the options."""
-        return _search.topk(self.windows(), self.forward, queries, mask, k, options)
+    def lists(self) -> _search.Lists:
+        """The windows, for searches."""
+        if self._lists is None:
+            self._lists = _search.Lists(self.windows(), self.forward)
+        return self._lists
 
-    def within(self, queries: Queries, radius: float, mask):
+    def named(self, at: np.ndarray) -> np.ndarray:
+        """The ids of positions; -1 stays. Numbers from 0, the usual ids, are their own positions."""
+        if not len(self.ids) or self.ids[-1] == len(self.ids) - 1:
+            return at
+        return np.where(at < 0, -1, self.ids[at])
+
+    def within(self, queries: Queries, columns: int, radius: float, mask):
         """(scores, positions) of each query, lists of arrays: scores of at least `radius`.
 
         Asks for the best until the last of them is below, for more and more of them.
@@ -297,7 +305,8 @@ class Postings(Flat):
         while len(left):
             step, rest = max(1, _HELD // max(k, 1)), []
             for part in (left[i : i + step] for i in range(0, len(left), step)):
-                scores, positions = self.best(_chosen(queries, part), mask, k)
+                chosen = _chosen(queries, part)
+                scores, positions = self.lists().topk("range_search", chosen, columns, mask, k)
                 hits = (scores.astype(np.float64) >= radius).sum(axis=1)
                 for q, count, score, position in zip(part, hits, scores, positions, strict=True):
                     if count == k < most:

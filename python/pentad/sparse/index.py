@@ -8,7 +8,7 @@ from pentad._checks import check_choice, check_count
 from pentad._index import Index, SearchResult, check_ids
 from pentad.sparse import _documents
 from pentad.sparse._checks import check_number
-from pentad.sparse._csr import MOST_COLUMNS, rows_of
+from pentad.sparse._csr import MOST_COLUMNS, given_rows, rows_of
 from pentad.sparse._documents import LARGEST, MOST, VALUES, Documents, Postings, Queries
 from pentad.sparse.search_reference import Options
 
@@ -202,11 +202,10 @@ class SparseIndex(Index):
         op, state = view._op("search"), view._state
         k = check_count(op, "k", k)
         options = _options(op, exact, query_cut, block_factor, alpha)
-        given = view._input("search", queries, "queries")
+        given = given_rows(op, "queries", queries, view.vocab_size)
         mask = view._mask("search", filter)
-        scores, at = state.best(given.queries, mask, k, options)
-        found = np.where(at < 0, -1, state.ids[at]) if len(state.ids) else at
-        return SearchResult(view._like(queries, scores), view._like(queries, found))
+        scores, at = state.lists().topk(op, given, view.vocab_size, mask, k, options)
+        return SearchResult(view._like(queries, scores), view._like(queries, state.named(at)))
 
     def range_search(self, queries, radius, *, filter=None):
         """Every document whose score is at least `radius`.
@@ -225,7 +224,7 @@ class SparseIndex(Index):
         given = view._input("range_search", queries, "queries")
         radius = view._radius(radius)
         mask = view._mask("range_search", filter)
-        scores, at = view._state.within(given.queries, radius, mask)
+        scores, at = view._state.within(given.queries, view.vocab_size, radius, mask)
         result = (
             np.cumsum([0, *map(len, at)], dtype=np.int64),
             np.concatenate([np.zeros(0, np.float32), *scores]),
