@@ -15,7 +15,7 @@ int64_t count(const TensorView& view);
 // arrays that meet.
 class Writes {
  public:
-  explicit Writes(const char* op) : op_(op) {}
+  explicit Writes(const char* op) : op_(op) { inputs_.reserve(16), outputs_.reserve(4); }
 
   void input(const char* name, const TensorView& view);
   void input(const char* name, const std::optional<TensorView>& view);

@@ -86,11 +86,15 @@ def rows_of(op: str, name: str, x, *, vocab: int | None = None) -> Rows:
 def given_rows(op: str, name: str, x, vocab: int):
     """(indptr, indices, values) for a native entry that checks and sorts what stands in them.
 
-    Those of the usual dtypes as they are, which takes 2 us instead of 11; of others the rows in one
-    form, values in float32. Raises as `rows_of`, but not for the contents of the usual ones.
+    Those of the usual kinds as they are, in 1 us, a tuple of three sooner than others; of others
+    the rows in one form, values in float32, in 11 us. Raises as `rows_of`, but not for contents of
+    the usual ones.
     """
+    if type(x) is tuple and len(x) == 3 and _are_usual(*x):
+        if len(x[0]) > 0 and len(x[1]) == len(x[2]):
+            return x
     parts = parts_of(op, name, x)
-    if _are_usual(parts):
+    if _are_usual(*parts[:3]):
         columns_of(op, name, parts, vocab)
         return parts[:3]
     rows = _rows_of_parts(op, name, parts, vocab)
@@ -173,7 +177,7 @@ def parts_of(op: str, name: str, x) -> Parts:
         kind = type(x).__name__
         dense = "a dense array" if isinstance(x, np.ndarray) else kind
         raise TypeError(f"[{op}] {name} is {dense}, expected {EXPECTED}")
-    if not _are_usual(parts):
+    if not _are_usual(*parts[:3]):
         _check_parts(op, name, parts)
     if parts.indptr.shape[0] < 1:
         raise ValueError(f"[{op}] {name}'s indptr is empty, expected one more than there are rows")
@@ -185,17 +189,17 @@ def parts_of(op: str, name: str, x) -> Parts:
 
 
 _USUAL = {np.dtype(np.int32), np.dtype(np.int64)}
+_FLOAT32 = np.dtype(np.float32)
 
 
-def _are_usual(parts: Parts) -> bool:
+def _are_usual(indptr, indices, values) -> bool:
     """Whether these are contiguous arrays of numpy, of dtypes that no kernel copies: no check of
     `_check_parts` can fail. The words of its errors alone take 4 us, a tenth of a small search.
     """
-    indptr, indices, values = parts[:3]
     return (
         (type(indptr) is type(indices) is type(values) is np.ndarray)
         and (indptr.ndim == indices.ndim == values.ndim == 1)
-        and (indptr.dtype in _USUAL and indices.dtype in _USUAL and values.dtype == np.float32)
+        and (indptr.dtype in _USUAL and indices.dtype in _USUAL and values.dtype == _FLOAT32)
         and (indices.flags.c_contiguous and values.flags.c_contiguous)
     )
 

@@ -275,6 +275,8 @@ def _options(op, exact, query_cut, block_factor, alpha) -> Options | None:
     """The options of a pruned search; None for an exact one."""
     if not isinstance(exact, bool):
         raise TypeError(f"[{op}] exact is {exact!r}, expected True or False")
+    if exact and query_cut is block_factor is alpha is None:
+        return None
     given = {"query_cut": query_cut, "block_factor": block_factor, "alpha": alpha}
     given = {name: value for name, value in given.items() if value is not None}
     if exact:
