@@ -107,9 +107,10 @@ class Engine:
 class Pentad(Engine):
     values: str = "exact"
 
-    # Exact, or a query_cut and a block_factor; and alpha, of which less finds more.
-    outer = (None, *product((None, 24, 16, 12), (0.02, 0.05, 0.1, 0.2, 0.3)))
-    inner = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    # Exact, or a query_cut and a block_factor; and alpha, of which less finds more. Without a
+    # block_factor the windows of one query are searched by all threads.
+    outer = (None, *product((None, 24, 16, 12, 10, 8), (0.0, 0.05, 0.1, 0.2, 0.3)))
+    inner = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
     def build(self, docs):
         from pentad.sparse import SparseIndex

@@ -88,7 +88,13 @@ class Search:
     k: int
     single: bool = False
     recall: float | None = None
-    whole: Data | None = None  # the same documents, the queries by which settings are chosen
+    whole: Data | None = None  # the same documents, the queries whose recall settings must have
+
+    def asked(self, engine: Engine) -> list:
+        """The queries in the form that the engine reads, a call each."""
+        queries = self.data.queries
+        parts = [queries[[row]] for row in range(queries.shape[0])] if self.single else [queries]
+        return [engine.ask(part) for part in parts]
 
     def work(self) -> dict[str, float]:
         queries, postings = self.data.queries.shape[0], self.data.postings()
@@ -105,15 +111,14 @@ class Searching:
     def __init__(self, engine: Engine, inputs: Search):
         self.engine, self.inputs = engine, inputs
         self.built = built(engine, inputs.data)
-        queries = inputs.data.queries
-        parts = [queries]
-        if inputs.single:
-            parts = [queries[[row]] for row in range(queries.shape[0])]
-        self.asked = [engine.ask(part) for part in parts]
+        self.asked = inputs.asked(engine)
 
     def __call__(self) -> list:
+        return self.found(*self.settings)
+
+    def found(self, *settings) -> list:
         find, index, k = self.engine.find, self.built.index, self.inputs.k
-        return [find(index, asked, k, *self.settings) for asked in self.asked]
+        return [find(index, asked, k, *settings) for asked in self.asked]
 
     def quality(self) -> dict[str, float]:
         build = {"build s": self.built.seconds, "bytes/posting": self.built.bytes_a_posting}
@@ -134,7 +139,30 @@ class Tuned(Searching):
 
     def __init__(self, engine: Engine, inputs: Search):
         super().__init__(engine, inputs)
-        self.settings = chosen(engine, inputs.whole, inputs.recall)
+        self.settings = self.chosen()
+
+    def chosen(self) -> tuple:
+        """(outer, inner): of each outer setting the least inner one that finds enough of the
+        whole, and of these pairs the one that takes least time for what is asked, in the best of
+        three runs.
+        """
+        engine, inputs, times = self.engine, self.inputs, []
+        recall, last = partial(recall_of, engine, inputs.whole), engine.inner[-1]
+        for outer in engine.outer:
+            if recall(outer, last) < inputs.recall:
+                continue
+            at = bisect_left(
+                engine.inner,
+                True,
+                key=lambda inner, outer=outer: recall(outer, inner) >= inputs.recall,
+            )
+            settings = outer, engine.inner[at]
+            seconds = min(timeit.repeat(partial(self.found, *settings), number=1, repeat=3))
+            times.append((seconds, len(times), settings))
+        if not times:
+            best = max(recall(outer, last) for outer in engine.outer)
+            raise Unfit(f"no setting finds {inputs.recall} of the best; at most {best:.3f}")
+        return min(times)[2]
 
     def quality(self):
         qualities = super().quality()
@@ -146,7 +174,7 @@ class Tuned(Searching):
         else:
             knobs = {"query_cut": outer[0], "block_factor": outer[1], "alpha": inner}
             knobs = {name: value for name, value in knobs.items() if value is not None}
-        # Of all queries, which the settings were chosen by.
+        # Of all queries, of which the settings must find enough.
         qualities[f"recall@{K}"] = recall_of(self.engine, self.inputs.whole, outer, inner)
         return qualities | knobs
 
@@ -160,37 +188,6 @@ def recall_of(engine: Engine, data: Data, *settings) -> float:
         found = engine.find(built(engine, data).index, engine.ask(data.queries), K, *settings)
         _found[key] = data.recall(engine.answer(found)[1])
     return _found[key]
-
-
-_chosen: dict[tuple, tuple] = {}
-
-
-def chosen(engine: Engine, data: Data, recall: float) -> tuple:
-    """(outer, inner): of each outer setting the least inner one that finds enough, and of these
-    pairs the one that took least time.
-    """
-    key = engine, data.name, data.docs.shape, data.queries.shape, recall
-    if key in _chosen:
-        return _chosen[key]
-    index, asked = built(engine, data).index, engine.ask(data.queries)
-    last, times = engine.inner[-1], []
-    for outer in engine.outer:
-        if recall_of(engine, data, outer, last) >= recall:
-            at = bisect_left(
-                engine.inner,
-                True,
-                key=lambda inner, outer=outer: recall_of(engine, data, outer, inner) >= recall,
-            )
-            settings = outer, engine.inner[at]
-            seconds = min(
-                timeit.repeat(partial(engine.find, index, asked, K, *settings), number=1, repeat=3)
-            )
-            times.append((seconds, len(times), settings))
-    if not times:
-        best = max(recall_of(engine, data, outer, last) for outer in engine.outer)
-        raise Unfit(f"no setting finds {recall} of the best; at most {best:.3f}")
-    _chosen[key] = min(times)[2]
-    return _chosen[key]
 
 
 # Checks ------------------------------------------------------------------------------------------
