@@ -476,6 +476,25 @@ def test_every_form_of_vectors(rng):
     assert_same(other.reconstruct([43]), index.reconstruct([7]))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_queries_as_they_come(rng, dtype):
+    """The native entry sorts terms, merges those that are given twice, and needs no copies."""
+    index = SparseIndex(50)
+    index.add(one_each(rng, 300, 50))
+    want = index.search(as_csr([{3: 1.5, 7: -2.0, 40: 1.0}, {}, {49: 3.0}]), 9)
+    indptr = np.array([0, 4, 4, 5], dtype)
+    terms, weights = np.array([40, 3, 7, 3, 49], dtype), np.array([1, 1, -2, 0.5, 3], np.float32)
+    given = indptr, terms, weights
+    kept = [part.copy() for part in given]
+    spread = tuple(np.repeat(part, 2)[::2] for part in given)
+    for queries in (given, spread, (indptr, terms, weights.astype(np.float64))):
+        assert_same(tuple(index.search(queries, 9)), tuple(want))
+    assert_same(given, tuple(kept))
+    assert index._state.lists() is index._state.lists()  # what is looked at once
+    index.add(as_csr([{49: 2.0**48}]))
+    assert index.search(given, 1).ids[2, 0] == len(index) - 1
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_values_of_every_dtype(rng, dtype):
     torch = pytest.importorskip("torch")

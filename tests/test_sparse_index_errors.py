@@ -51,6 +51,23 @@ REFUSED = {
     "search columns": (lambda i: i.search((*V, 5), 1), ValueError, r"search\] queries has 5"),
     "search NaN": (lambda i: i.search(bent(values=[1, 1, np.nan]), 1), ValueError, "NaN"),
     "search large": (lambda i: i.search(bent(values=[1, 1, -3e14]), 1), ValueError, r"2\*\*48"),
+    "search double": (
+        lambda i: i.search((INDPTR, TERMS, W * np.float64(1e300)), 1),
+        ValueError,
+        r"search\] queries has the value 2e\+300, expected at most 2\*\*48",
+    ),
+    "search uneven": (
+        lambda i: i.search((INDPTR, TERMS, W[:-1]), 1),
+        ValueError,
+        r"search\] queries has \d+ indices but \d+ values",
+    ),
+    "search nothing": (
+        lambda i: i.search((INDPTR[:0], TERMS[:0], W[:0]), 1),
+        ValueError,
+        r"search\] queries's indptr is empty",
+    ),
+    "search begins": (lambda i: i.search(bent([1, 2, 3]), 1), ValueError, "begins with 1"),
+    "search past": (lambda i: i.search(bent(terms=[1, 4, 20]), 1), ValueError, "past its 20"),
     "search dense": (lambda i: i.search(np.ones((2, 20)), 1), TypeError, "a dense array"),
     "search exact": (lambda i: i.search(V, 1, exact=1), TypeError, "exact is 1, expected True"),
     "knob query_cut": (lambda i: i.search(V, 1, query_cut=3), ValueError, "query_cut is 3, but"),

@@ -154,16 +154,16 @@ class HeldLists {
                                     scale.is_none() ? std::nullopt : Optional(hold(scale)), kOp);
     const int64_t n = documents_.forward.documents;
     if (static_cast<int64_t>(windows.size()) != ceil_div(n, kWindow))
-      bad_value(kOp, std::to_string(windows.size()) + " windows for " + std::to_string(n) +
-                         " documents");
+      bad_value(
+          kOp, std::to_string(windows.size()) + " windows for " + std::to_string(n) + " documents");
     for (const py::handle& item : windows) {
       const auto arrays = py::cast<py::tuple>(item);
       if (arrays.size() != 4) bad_value(kOp, "a window has not four arrays");
       const TensorView* views[4];
       for (size_t i = 0; i < 4; ++i) views[i] = &hold(arrays[i]);
       const int64_t first = static_cast<int64_t>(documents_.windows.size()) * kWindow;
-      documents_.windows.push_back(window_of(*views[0], *views[1], *views[2], *views[3],
-                                             std::min(n - first, kWindow), kOp));
+      documents_.windows.push_back(
+          window_of(*views[0], *views[1], *views[2], *views[3], std::min(n - first, kWindow), kOp));
     }
   }
 

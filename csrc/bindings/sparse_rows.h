@@ -16,8 +16,8 @@ struct GivenArrays {
   std::vector<int64_t> indptr;
   TensorView indices, values;
 
-  GivenArrays(const char* op, const char* name, const TensorView& starts,
-              const TensorView& indices, const TensorView& values, int64_t columns)
+  GivenArrays(const char* op, const char* name, const TensorView& starts, const TensorView& indices,
+              const TensorView& values, int64_t columns)
       : indices(indices), values(values) {
     const std::string of = std::string(name) + "'s ";
     indptr = lists::integers(starts, op, (of + "indptr").c_str());

@@ -324,8 +324,8 @@ class Searcher {
   std::vector<const uint8_t*> rows_;
   std::vector<uint16_t> row_weights_;
   int64_t first_ = 0, count_ = 0;  // documents
-  double unit_ = 0;    // of a score, in the sums
-  int64_t most_ = 0;   // that a sum can be
+  double unit_ = 0;                // of a score, in the sums
+  int64_t most_ = 0;               // that a sum can be
   bool visible_ = true;
 };
 

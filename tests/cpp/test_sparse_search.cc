@@ -11,6 +11,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "sparse/search.h"
+#include "sparse/search_drive.h"
 #include "sparse/search_reference.h"
 
 using namespace pentad;
@@ -207,6 +208,47 @@ void test_alpha_rises() {
   CHECK(before > 0);
 }
 
+// One query over several windows, which threads share by halves; thousands of candidates and hits.
+void test_many_windows() {
+  constexpr int64_t n = 3 * kWindow + 100;
+  const Index index(n, 40, 12);
+  Rows rows;
+  rows.terms = {2, 5, 11, 12, 39};
+  rows.values = {0.5f, 1, 1.5f, 2, 1};
+  rows.indptr = {0, 5};
+  const SparseQueries queries = view(rows);
+  for (int64_t k : {1, 700, 5000}) {
+    std::vector<float> want(k), got(k), pruned(k), scores(k);
+    std::vector<int64_t> want_at(k), got_at(k), pruned_at(k);
+    topk_reference(index.documents, queries, k, want.data(), want_at.data());
+    for (int threads : {1, 2, 3}) {
+      set_num_threads(threads);
+      topk(index.documents, queries, k, {}, got.data(), got_at.data());
+      CHECK(got == want);
+      CHECK(got_at == want_at);
+      // What a pruned search finds does not depend on threads either.
+      topk(index.documents, queries, k, {2, 0, 0.9}, got.data(), got_at.data());
+      if (threads == 1) pruned = got, pruned_at = got_at;
+      CHECK(got == pruned);
+      CHECK(got_at == pruned_at);
+      scores_at(index.documents.forward, queries, got_at.data(), k, scores.data());
+      CHECK(scores == got);
+    }
+  }
+}
+
+// The largest of each group, whatever the vector width.
+void test_groups() {
+  std::vector<uint16_t> sums(4096), most(512), want(512);
+  for (uint16_t& sum : sums) sum = static_cast<uint16_t>(below(65536));
+  for (int64_t d = 0; d < 4096; ++d) {
+    uint16_t& group = want[d / 256 * 32 + d % 32];
+    group = std::max(group, sums[d]);
+  }
+  search_kernels().group_most(sums.data(), 512, 8, most.data());
+  CHECK(most == want);
+}
+
 void test_defects() {
   const Index index(300, 40, 12);
   const BuiltWindow good = index.built[0];
@@ -248,6 +290,8 @@ int main() {
     test_search();
     test_many_terms_and_a_mask();
     test_alpha_rises();
+    test_many_windows();
+    test_groups();
     test_defects();
   }
   return report();

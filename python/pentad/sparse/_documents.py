@@ -289,7 +289,7 @@ class Postings(Flat):
         return self._lists
 
     def named(self, at: np.ndarray) -> np.ndarray:
-        """The ids of positions; -1 stays. Numbers from 0, the usual ids, are their own positions."""
+        """The ids of positions; -1 stays. Ids that are the numbers from 0 are positions."""
         if not len(self.ids) or self.ids[-1] == len(self.ids) - 1:
             return at
         return np.where(at < 0, -1, self.ids[at])

@@ -8,7 +8,7 @@ from pentad._checks import check_choice, check_count
 from pentad._index import Index, SearchResult, check_ids
 from pentad.sparse import _documents
 from pentad.sparse._checks import check_number
-from pentad.sparse._csr import MOST_COLUMNS, given_rows, rows_of
+from pentad.sparse._csr import MOST_COLUMNS, rows_of, usual_rows
 from pentad.sparse._documents import LARGEST, MOST, VALUES, Documents, Postings, Queries
 from pentad.sparse.search_reference import Options
 
@@ -202,7 +202,9 @@ class SparseIndex(Index):
         op, state = view._op("search"), view._state
         k = check_count(op, "k", k)
         options = _options(op, exact, query_cut, block_factor, alpha)
-        given = given_rows(op, "queries", queries, view.vocab_size)
+        given = usual_rows(op, "queries", queries, view.vocab_size)
+        if given is None:
+            given = view._input("search", queries, "queries").queries
         mask = view._mask("search", filter)
         scores, at = state.lists().topk(op, given, view.vocab_size, mask, k, options)
         return SearchResult(view._like(queries, scores), view._like(queries, state.named(at)))
