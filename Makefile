@@ -101,11 +101,13 @@ test-aarch64: $(TOOLS)
 # sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
 CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py \
+  tests/test_scan_recurrence.py \
   $(addprefix tests/test_sparse_,splade.py score.py topk.py) \
   $(addprefix tests/test_pq_,lookup.py adc.py assign.py codes.py quantize.py on_devices.py)
 # Of these, thousands of combinations of options, one in forty.
 CUDA_HOST_SAMPLED := $(addprefix tests/test_attention,.py _api.py _block_mask.py _extension.py \
-  _options.py _sdpa.py _strides.py)
+  _options.py _sdpa.py _strides.py) \
+  $(addprefix tests/test_scan_,conv.py selective.py)
 test-cuda-host: $(DEPENDENCIES)
 	@if ! [ -e $(CUDA_HOST)/bin/python ]; then \
 	  $(BIN)/python -m venv --without-pip $(CUDA_HOST) && \

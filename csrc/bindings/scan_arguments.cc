@@ -8,8 +8,9 @@
 namespace pentad::scan {
 
 void Arguments::set_dtype(const TensorView& view, const char* name, int rank, bool parts) {
+  if (cuda_) on_ = device_of(view);
   expect(view, op_, name, {DType::f32, DType::bf16, DType::f16, DType::f64},
-         rank + (parts && complex_ ? 1 : 0));
+         rank + (parts && complex_ ? 1 : 0), on_);
   dtype_ = view.dtype;
 }
 
@@ -22,7 +23,7 @@ Operand Arguments::operand(const TensorView& view, const char* name,
                            const std::vector<DType>& dtypes, Shape shape, bool parts) const {
   if (parts && complex_) shape.push_back(2);
   // The rank and the device first; the dtype's message then names what goes with the others.
-  expect(view, op_, name, {view.dtype}, static_cast<int>(shape.size()));
+  expect(view, op_, name, {view.dtype}, static_cast<int>(shape.size()), on_);
   if (std::find(dtypes.begin(), dtypes.end(), view.dtype) == dtypes.end()) {
     std::string accepted;
     for (DType dtype : dtypes)

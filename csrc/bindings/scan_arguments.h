@@ -19,7 +19,9 @@ class Arguments {
  public:
   Writes writes;
 
-  Arguments(const char* op, bool complex) : writes(op), op_(op), complex_(complex) {}
+  // `cuda`: the operation has CUDA kernels; its arguments are where the first one is.
+  Arguments(const char* op, bool complex, bool cuda = false)
+      : writes(op), op_(op), complex_(complex), cuda_(cuda) {}
 
   // Fixes the dtype of the problem by an array of this rank.
   void set_dtype(const TensorView& view, const char* name, int rank, bool parts);
@@ -44,13 +46,15 @@ class Arguments {
                             int64_t state_rows, const char* state_name) const;
   [[noreturn]] void refuse(const std::string& message) const { bad_value(op_, message); }
   const char* op() const { return op_; }
+  Device on() const { return on_; }
 
  private:
   Operand operand(const TensorView& view, const char* name, const std::vector<DType>& dtypes,
                   Shape shape, bool parts) const;
 
   const char* op_;
-  bool complex_;
+  bool complex_, cuda_;
+  Device on_;
   DType dtype_ = DType::f32;
 };
 

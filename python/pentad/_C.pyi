@@ -218,6 +218,20 @@ def hamming_dot_candidates(
     out: Array,
     stream: int = 0,
 ) -> None: ...
+def selective_scan_forward_scratch(
+    batch: int, dim: int, length: int, states: int, complex: bool, sequences: int, packed: bool
+) -> int: ...
+def selective_scan_backward_scratch(
+    batch: int,
+    dim: int,
+    length: int,
+    states: int,
+    groups: int,
+    complex: bool,
+    sequences: int,
+    packed: bool,
+) -> int: ...
+def causal_conv_backward_scratch(batch: int, dim: int, length: int, width: int) -> int: ...
 def selective_scan_forward(
     u: Array,
     delta: Array,
@@ -235,6 +249,8 @@ def selective_scan_forward(
     out: Array,
     last: Array | None,
     stored: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def selective_scan_backward(
     d_out: Array | None,
@@ -262,6 +278,8 @@ def selective_scan_backward(
     dz: Array | None,
     ddelta_bias: Array | None,
     dinitial: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def selective_state_update(
     state: Array,
@@ -276,8 +294,11 @@ def selective_state_update(
     softplus: bool,
     rows: Array | None,
     out: Array,
+    stream: int = 0,
 ) -> None: ...
-def few_rows_linear(x: Array, weight: Array, bias: Array | None, out: Array) -> None: ...
+def few_rows_linear(
+    x: Array, weight: Array, bias: Array | None, out: Array, stream: int = 0
+) -> None: ...
 def recurrence_forward(
     a: Array,
     x: Array,
@@ -286,6 +307,7 @@ def recurrence_forward(
     log_space: bool,
     reverse: bool,
     complex: bool,
+    stream: int = 0,
 ) -> None: ...
 def recurrence_backward(
     a: Array,
@@ -298,6 +320,7 @@ def recurrence_backward(
     log_space: bool,
     reverse: bool,
     complex: bool,
+    stream: int = 0,
 ) -> None: ...
 def causal_conv_forward(
     x: Array,
@@ -309,6 +332,7 @@ def causal_conv_forward(
     silu: bool,
     out: Array,
     final: Array | None,
+    stream: int = 0,
 ) -> None: ...
 def causal_conv_backward(
     d_out: Array,
@@ -324,6 +348,8 @@ def causal_conv_backward(
     dweight: Array | None,
     dbias: Array | None,
     dinitial: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def causal_conv_update(
     x: Array,
@@ -334,6 +360,7 @@ def causal_conv_update(
     rows: Array | None,
     positions: Array | None,
     out: Array,
+    stream: int = 0,
 ) -> None: ...
 def cross_scan_forward(
     u: Array,

@@ -422,4 +422,65 @@ struct ConvCase : Case<CausalConv> {
   }
 };
 
+struct StateCase : Case<StateUpdate> {
+  Array state;
+
+  explicit StateCase(DType type) : Case(type, false), state(type, {}) {
+    p.batch = chance(0.05) ? 0 : pick(1, 4);
+    p.groups = pick(1, 3);
+    p.heads = p.groups * pick(1, 3);
+    p.head_dim = channels();
+    p.states = chance(0.4) ? 16 : pick(1, 40);
+    p.softplus = option("softplus", 0.5);
+    int64_t rows = p.batch;
+    if (option("rows", 0.5)) {
+      rows += pick(0, 2);
+      p.rows = random_rows(p.batch, rows);
+    }
+    size("b", p.batch), size("h", p.heads), size("p", p.head_dim), size("n", p.states);
+    text = std::string(" state update ") + dtype_text(dtype) + text;
+    natural = 1 + std::sqrt(static_cast<double>(p.states));
+    const auto one = [] { return normal(); };
+    const Shape like_x = {p.batch, p.heads, p.head_dim}, like_d = {p.heads, p.head_dim};
+    const Shape like_b = {p.batch, p.groups, p.states};
+    add("x", dtype, like_x, one);
+    add("dt", dtype, like_x, one);
+    add("a", wide(dtype), {p.heads, p.head_dim, p.states}, [] { return -uniform(0, 2); });
+    add("b", dtype, like_b, one);
+    add("c", dtype, like_b, one);
+    if (option("d", 0.6)) add("d", wide(dtype), like_d, one);
+    if (option("z", 0.5)) add("z", dtype, like_x, one);
+    if (option("dt_bias", 0.5)) add("dt_bias", wide(dtype), like_d, one);
+    const DType dtypes[] = {dtype, DType::f32, DType::bf16, DType::f16};
+    state = {dtype == DType::f64 ? dtype : dtypes[pick(0, 3)],
+             {rows, p.heads, p.head_dim, p.states},
+             false};
+    state.fill(one);
+    p.x = in["x"], p.dt = in["dt"], p.a = in["a"], p.b = in["b"], p.c = in["c"];
+    p.d = in["d"], p.z = in["z"], p.dt_bias = in["dt_bias"];
+  }
+  StateCase(const StateCase&) = delete;
+};
+
+struct LinearCase : Case<FewRowsLinear> {
+  explicit LinearCase(DType type) : Case(type, false) {
+    p.rows = pick(1, kMostRows);
+    // Less than a vector, several, a rest; and what is shared by threads.
+    const bool large = chance(0.1);
+    p.inputs = large ? pick(600, 1600) : chance(0.3) ? 64 * pick(0, 3) : pick(0, 200);
+    p.outputs = large ? pick(300, 700) : chance(0.3) ? 8 * pick(0, 5) : pick(0, 70);
+    size("r", p.rows), size("i", p.inputs), size("o", p.outputs);
+    text = std::string(" linear ") + dtype_text(dtype) + text;
+    natural = 1 + std::sqrt(static_cast<double>(p.inputs));
+    const auto one = [] { return normal(); };
+    add("x", dtype, {p.rows, p.inputs}, one);
+    const int64_t gap = option("gap", 0.3) ? pick(1, 9) : 0;
+    in.add("weight", {dtype, {p.outputs, p.inputs + gap}}).fill(one);
+    if (option("bias", 0.5)) add("bias", dtype, {p.outputs}, one);
+    p.x = in["x"], p.weight = in["weight"], p.bias = in["bias"];
+    if (option("shared", 0.1)) p.weight.stride[0] = 0;
+  }
+  LinearCase(const LinearCase&) = delete;
+};
+
 }  // namespace pentad::scan::test

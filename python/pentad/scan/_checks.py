@@ -5,6 +5,7 @@ import operator
 
 import torch
 
+from pentad import _C
 from pentad._errors import DeviceError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,6 +81,24 @@ def check_devices(op, first, **others):
     device = first[1].device
     if device.type not in ("cpu", "meta"):
         raise DeviceError(f"[{op}] there is no {device.type} kernel, only a CPU one")
+
+
+def check_cuda_devices(op, first, **others):
+    """`check_devices` of an operation that has CUDA kernels."""
+    check_one_device(op, first, **others)
+    device = first[1].device.type
+    if device == "cuda" and not _C.cuda_built():
+        raise DeviceError(f"[{op}] there is no cuda kernel in this build of pentad, only CPU ones")
+    if device not in ("cpu", "cuda", "meta"):
+        raise DeviceError(f"[{op}] there is no {device} kernel, only CPU and CUDA ones")
+
+
+def autocasts(tensor):
+    """Whether autocast is on where `tensor` is; a tensor without a device counts as the CPU's."""
+    device = getattr(tensor, "device", None)
+    return torch.is_autocast_enabled(
+        "cuda" if device is not None and device.type == "cuda" else "cpu"
+    )
 
 
 def check_integers(op, name, tensor, shape, dtypes=_INTEGERS):
@@ -162,7 +181,7 @@ def check_state_update(op, state, x, dt, A, B, C, D, z, dt_bias, rows):
     check_tensor(op, "state", state, (*FLOATS, *COMPLEX))
     check_tensor(op, "x", x)
     check_tensor(op, "A", A, (*FLOATS, *COMPLEX))
-    check_devices(
+    check_cuda_devices(
         op, ("x", x), state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias,
         state_batch_indices=rows,
     )  # fmt: skip
@@ -211,7 +230,7 @@ def check_conv_update(op, x, state, weight, bias, positions, rows):
     """All that further steps of a convolution must have in common."""
     check_tensor(op, "x", x)
     check_tensor(op, "conv_state", state)
-    check_devices(
+    check_cuda_devices(
         op, ("x", x), conv_state=state, weight=weight, bias=bias, cache_seqlens=positions,
         conv_state_indices=rows,
     )  # fmt: skip

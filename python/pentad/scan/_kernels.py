@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Allocate outputs and call the native kernels: what the dispatcher runs for CPU tensors.
+"""Allocate outputs and call the native kernels: what the dispatcher runs for CPU and CUDA tensors.
 
 Arguments have been checked by the functions; the extension checks again whatever could harm memory.
 Shapes and dtypes of outputs stand in the functions `empty_*`, which the shape functions run too.
@@ -8,6 +8,7 @@ Shapes and dtypes of outputs stand in the functions `empty_*`, which the shape f
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 from pentad.scan._checks import accumulator, complex_of, real_of
 
 CHUNK = _C.scan_chunk  # steps between stored states
@@ -49,6 +50,17 @@ def empty_scan(u, A, cu_seqlens, want_last, store):
     return empty_like(u), last, u.new_empty(stored, dtype=torch.float32)
 
 
+def _scan_device(u, A, B, C, cu_seqlens, *, backward):
+    """What a CUDA kernel of the scan takes on top."""
+    groups = next((t.shape[1] for t in (B, C) if t.ndim > 2), 1)
+    sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    more = A.is_complex(), sequences, cu_seqlens is not None
+    if backward:
+        scratch = _C.selective_scan_backward_scratch
+        return on_device(u, scratch, *u.shape, A.shape[1], groups, *more)
+    return on_device(u, _C.selective_scan_forward_scratch, *u.shape, A.shape[1], *more)
+
+
 def scan_forward(
     u, delta, A, B, C, D, z, delta_bias, initial, cu_seqlens, softplus, reverse, want_last, store
 ):
@@ -57,6 +69,7 @@ def scan_forward(
         u, delta, parts(A), parts(B), parts(C), D, z, delta_bias, parts(initial), cu_seqlens,
         softplus, reverse, A.is_complex(), out, parts(last) if want_last else None,
         stored if store and u.dtype != torch.float64 else None,
+        *_scan_device(u, A, B, C, cu_seqlens, backward=False),
     )  # fmt: skip
     return out, last, stored
 
@@ -103,7 +116,7 @@ def scan_backward(
     _C.selective_scan_backward(
         d_out, parts(d_last), None if u.dtype == torch.float64 else stored, u, delta, parts(A),
         parts(B), parts(C), D, z, delta_bias, parts(initial), cu_seqlens, softplus, reverse,
-        A.is_complex(), *map(parts, written),
+        A.is_complex(), *map(parts, written), *_scan_device(u, A, B, C, cu_seqlens, backward=True),
     )  # fmt: skip
     return scan_gradients(written, B, C, wanted)
 
@@ -113,19 +126,23 @@ def state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus, rows):
     if state.dim() == 4:  # one group for all heads
         B = B if B.dim() == 3 else B.unsqueeze(1)
         C = C if C.dim() == 3 else C.unsqueeze(1)
-    _C.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, softplus, rows, out)
+    _C.selective_state_update(
+        state, x, dt, A, B, C, D, z, dt_bias, softplus, rows, out, *on_device(x)
+    )
     torch.autograd.graph.increment_version(state)
     return out
 
 
 def few_rows_linear(x, weight, bias):
     out = x.new_empty((x.shape[0], weight.shape[0]))
-    _C.few_rows_linear(x, weight, bias, out)
+    _C.few_rows_linear(x, weight, bias, out, *on_device(x))
     return out
 
 
 def cache_rows(op, name, rows, size):
     """Rows of a cache as indices, with `size` for padding."""
+    if rows.is_cuda:  # not looked at, as the host would have to wait: what is outside is padding
+        return rows.long().where((rows >= 0) & (rows < size), size)
     live = rows[rows >= 0]
     if live.numel() and live.max() >= size:
         raise ValueError(f"[{op}] {name} holds {int(live.max())}, but there are {size} rows")
@@ -137,6 +154,8 @@ def cache_rows(op, name, rows, size):
 
 def cache_positions(op, positions, steps):
     """How many inputs came before these steps."""
+    if positions.is_cuda:
+        return positions.long().clone()
     most = torch.iinfo(torch.int64).max - steps
     for position in positions.tolist():
         if not 0 <= position <= most:
@@ -151,8 +170,9 @@ def recurrence_forward(a, x, h0, log_space, reverse):
     h = torch.empty_like(x)
     h0 = None if h0 is None else parts(h0.expand(x.shape[:2]))
     _C.recurrence_forward(
-        parts(a.expand(x.shape)), parts(x), h0, parts(h), log_space, reverse, x.is_complex()
-    )
+        parts(a.expand(x.shape)), parts(x), h0, parts(h), log_space, reverse, x.is_complex(),
+        *on_device(x),
+    )  # fmt: skip
     return h
 
 
@@ -192,6 +212,7 @@ def recurrence_backward(dh, a, x, h0, h, log_space, reverse, wanted):
     _C.recurrence_backward(
         parts(a.expand(x.shape)), None if h0 is None else parts(h0.expand(x.shape[:2])), parts(h),
         parts(dh), parts(da), parts(dx), parts(dh0), log_space, reverse, x.is_complex(),
+        *on_device(x),
     )  # fmt: skip
     return recurrence_gradients(written, a, h0)
 
@@ -207,7 +228,9 @@ def empty_conv(x, weight, cu_seqlens, want_final):
 
 
 def check_seq_idx(seq_idx):
-    """Apart from padding, sequences follow each other."""
+    """Apart from padding, sequences follow each other. On a device nobody waits to see it."""
+    if seq_idx.is_cuda:
+        return
     if seq_idx.numel() and ((seq_idx >= 0) & (seq_idx < seq_idx.cummax(1).values)).any():
         raise ValueError(
             "[causal_conv1d] seq_idx descends, expected entries that rise along a row, "
@@ -220,8 +243,9 @@ def conv_forward(x, weight, bias, initial, seq_idx, cu_seqlens, silu, want_final
         check_seq_idx(seq_idx)
     out, final = empty_conv(x, weight, cu_seqlens, want_final)
     _C.causal_conv_forward(
-        x, weight, bias, initial, seq_idx, cu_seqlens, silu, out, final if want_final else None
-    )
+        x, weight, bias, initial, seq_idx, cu_seqlens, silu, out, final if want_final else None,
+        *on_device(x),
+    )  # fmt: skip
     return out, final
 
 
@@ -248,13 +272,14 @@ def conv_backward(
 ):  # fmt: skip
     written = empty_conv_gradients(x, weight, bias, initial, wanted)
     _C.causal_conv_backward(
-        d_out, d_final, x, weight, bias, initial, seq_idx, cu_seqlens, silu, *written
-    )
+        d_out, d_final, x, weight, bias, initial, seq_idx, cu_seqlens, silu, *written,
+        *on_device(x, _C.causal_conv_backward_scratch, *x.shape, weight.shape[1]),
+    )  # fmt: skip
     return conv_gradients(written, weight, bias)
 
 
 def conv_update(x, state, weight, bias, silu, rows, positions):
     out = torch.empty_like(x)
-    _C.causal_conv_update(x, state, weight, bias, silu, rows, positions, out)
+    _C.causal_conv_update(x, state, weight, bias, silu, rows, positions, out, *on_device(x))
     torch.autograd.graph.increment_version(state)
     return out

@@ -58,61 +58,72 @@ scan_forward = define(
     " -> (Tensor, Tensor, Tensor)",
     _kernels.scan_forward,
     _fake_scan,
+    cuda=True,
 )
 scan_backward = define(
     f"selective_scan_backward(Tensor d_out, Tensor? d_last, Tensor stored, {_SCAN}, "
     "bool softplus, bool reverse, bool[] wanted) -> Tensor[]",
     _kernels.scan_backward,
     _fake_scan_backward,
+    cuda=True,
 )
 state_update = define(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
     "Tensor? D, Tensor? z, Tensor? dt_bias, bool softplus, Tensor? rows) -> Tensor",
     _kernels.state_update,
     lambda state, x, *rest: _fake_step("selective_state_update", x, state, *rest),
+    cuda=True,
 )
 few_rows_linear = define(
     "few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _kernels.few_rows_linear,
     lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
+    cuda=True,
 )
 cache_rows = define(
     "scan_cache_rows(str op, str name, Tensor rows, SymInt size) -> Tensor",
     _kernels.cache_rows,
     lambda op, name, rows, size: torch.empty_like(rows, dtype=torch.int64),
+    cuda=True,
 )
 cache_positions = define(
     "scan_cache_positions(str op, Tensor positions, SymInt steps) -> Tensor",
     _kernels.cache_positions,
     lambda op, positions, steps: torch.empty_like(positions, dtype=torch.int64),
+    cuda=True,
 )
 recurrence_forward = define(
     "linear_recurrence(Tensor a, Tensor x, Tensor? h0, bool log_space, bool reverse) -> Tensor",
     _kernels.recurrence_forward,
     lambda a, x, *rest: torch.empty_like(x),
+    cuda=True,
 )
 recurrence_backward = define(
     "linear_recurrence_backward(Tensor dh, Tensor a, Tensor x, Tensor? h0, Tensor h, "
     "bool log_space, bool reverse, bool[] wanted) -> Tensor[]",
     _kernels.recurrence_backward,
     _fake_recurrence_backward,
+    cuda=True,
 )
 conv_forward = define(
     f"causal_conv1d({_CONV}, bool silu, bool want_final) -> (Tensor, Tensor)",
     _kernels.conv_forward,
     _fake_conv,
+    cuda=True,
 )
 conv_backward = define(
     f"causal_conv1d_backward(Tensor d_out, Tensor? d_final, {_CONV}, bool silu, bool[] wanted)"
     " -> Tensor[]",
     _kernels.conv_backward,
     _fake_conv_backward,
+    cuda=True,
 )
 conv_update = define(
     "causal_conv1d_update(Tensor x, Tensor(a!) state, Tensor weight, Tensor? bias, bool silu, "
     "Tensor? rows, Tensor? positions) -> Tensor",
     _kernels.conv_update,
     lambda x, *rest: _fake_step("causal_conv1d_update", x, *rest),
+    cuda=True,
 )
 
 

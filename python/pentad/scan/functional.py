@@ -13,8 +13,9 @@ from pentad.scan._checks import (
     COMPLEX,
     FLOATS,
     accumulator,
+    autocasts,
     check_cu_seqlens,
-    check_devices,
+    check_cuda_devices,
     check_dtype,
     check_integers,
     check_rank,
@@ -116,15 +117,15 @@ def selective_scan(
     tensor([[[5., 6., 7., 8.]]])
     """
     op = "selective_scan"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(u):
         u, delta, z, B, C = promoted_inputs(u, delta, z, B, C)
     u, delta, A, B, C, D, z, delta_bias = canonical(op, u, delta, A, B, C, D, z, delta_bias)
     sequences = u.shape[0]
     if cu_seqlens is not None:
-        check_devices(op, ("u", u), cu_seqlens=cu_seqlens)
+        check_cuda_devices(op, ("u", u), cu_seqlens=cu_seqlens)
         sequences = check_cu_seqlens(op, "u", sequences, cu_seqlens)
     if initial_state is not None:
-        check_devices(op, ("u", u), initial_state=initial_state)
+        check_cuda_devices(op, ("u", u), initial_state=initial_state)
         initial_state = _state(op, initial_state, A, (sequences, *A.shape))
     out, last, _ = autograd.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
@@ -140,7 +141,7 @@ def canonical(op, u, delta, A, B, C, D, z, delta_bias, *, first="u"):
     """
     check_tensor(op, first, u)
     check_rank(op, first, u, 3, "(B, D, L)")
-    check_devices(op, (first, u), delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_cuda_devices(op, (first, u), delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     dtype, dim = u.dtype, u.shape[1]
     for name, tensor in (("delta", delta), ("z", z)):
         if tensor is not None or name == "delta":
@@ -301,7 +302,7 @@ def linear_recurrence(a, x, h0=None, *, reverse=False, dim=-1, log_space=False):
     op = "linear_recurrence"
     check_tensor(op, "x", x, (*FLOATS, *COMPLEX))
     check_tensor(op, "a", a, (*FLOATS, *COMPLEX))
-    check_devices(op, ("x", x), a=a, h0=h0)
+    check_cuda_devices(op, ("x", x), a=a, h0=h0)
     if x.ndim < 1:
         raise ValueError(f"[{op}] x has shape (), expected at least one dimension")
     rank = x.ndim
@@ -312,7 +313,7 @@ def linear_recurrence(a, x, h0=None, *, reverse=False, dim=-1, log_space=False):
     if not -rank <= axis < rank:
         raise ValueError(f"[{op}] dim is {axis}, expected {-rank} to {rank - 1}")
     axis %= rank
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(x):
         a, x, h0 = _promoted_gates(a, x, h0)
     a = _as_states(op, "a", a, x)
     a = _aligned(op, "a", a, x.shape)
@@ -487,7 +488,7 @@ def causal_conv1d(
     check_tensor(op, "x", x)
     check_rank(op, "x", x, 3, "(B, D, L)")
     batch, dim, length = x.shape
-    check_devices(
+    check_cuda_devices(
         op, ("x", x), weight=weight, bias=bias, initial_states=initial_states, seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
@@ -508,7 +509,7 @@ def causal_conv1d(
     if initial_states is not None:
         check_tensor(op, "initial_states", initial_states)
         if initial_states.dtype != x.dtype:
-            if not torch.is_autocast_enabled("cpu"):
+            if not autocasts(x):
                 check_dtype(op, "initial_states", initial_states, x.dtype, "x")
             initial_states = initial_states.to(x.dtype)
         check_shape(op, "initial_states", initial_states, (sequences, dim, width - 1))

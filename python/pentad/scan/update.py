@@ -12,6 +12,7 @@ from pentad._ops import forward_mode
 from pentad.scan import autograd
 from pentad.scan._checks import (
     accumulator,
+    autocasts,
     check_conv_update,
     check_state_update,
     complex_of,
@@ -93,7 +94,7 @@ def selective_state_update(
     tensor([[3., 3.]])
     """
     op = "selective_state_update"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(x):
         x, dt, z, B, C = promoted(x, dt, z, B, C)
     given = (state, x, dt, A, B, C, D, z, dt_bias)
     if _by_gradient(given) or (isinstance(A, torch.Tensor) and A.is_complex()):
@@ -241,7 +242,7 @@ def causal_conv1d_update(
     given = (x, conv_state, weight, bias)
     try:
         dtype = x.dtype
-        if dtype != conv_state.dtype and torch.is_autocast_enabled("cpu"):
+        if dtype != conv_state.dtype and autocasts(x):
             x = x.to(conv_state.dtype)
         if x.dtype == torch.float64:
             weight, bias = weights(op, weight, bias, dtype, weight.shape[0])
