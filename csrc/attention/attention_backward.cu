@@ -68,6 +68,8 @@ __global__ void __launch_bounds__(GradientShape<T, kDim>::kLanes) gradient_kerne
     other_scores[i] = shared.take<T>(S::kOtherTile);
     other_values[i] = shared.take<T>(S::kOtherTile);
   }
+  const bool special = in.special();
+  float* spare = special ? shared.take<float>(2 * S::kSpare) : nullptr;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = lane_of_warp();
   const int own = place.first + warp * kM * 16;
   T* const a = own_scores + warp * kM * 16 * S::kPitch;
@@ -119,8 +121,8 @@ __global__ void __launch_bounds__(GradientShape<T, kDim>::kLanes) gradient_kerne
       clear(d);
       multiply_rows<kDim>(d, b, y, in.value_dim);
       const uint64_t seen = whole ? ~uint64_t{0} : seen_bits<kByKeys, kM, kN>(head, own, other);
-      score_gradients<T, kByKeys, true>(head, facts, in.dropout, whole, seen, own, other, c, d,
-                                        bias_sums);
+      score_gradients<T, kByKeys, true>(head, facts, special, in.dropout, whole, seen, own, other,
+                                        c, d, bias_sums, spare);
       if (!whole && not_finite<S::kOther, kDim, S::kLanes>(x))
         multiply_seen(first_sums, d, seen, x + column, S::kPitch);
       else multiply_weights(first_sums, d, x + column, S::kPitch);
@@ -177,7 +179,7 @@ void run(const CudaStream& stream, Pass pass) {
   pass.tiles = static_cast<int>(tiles);
   pass.chunks =
       static_cast<int>(ceil_div(kByKeys ? max(in.dim, in.value_dim) : in.dim, kOut<kByKeys, kDim>));
-  const Grid grid{blocks_of(tiles * pass.chunks * heads), S::kLanes, S::kShared};
+  const Grid grid{blocks_of(tiles * pass.chunks * heads), S::kLanes, in.shared<S>()};
   launch(stream, kByKeys ? "attention: dk, dv" : "attention: dq", gradient_kernel<T, kDim, kByKeys>,
          grid, pass);
 }

@@ -34,6 +34,8 @@ __global__ void __launch_bounds__(GradientShape<T, kDim>::kLanes)
   T* own_values = shared.take<T>(S::kOwnTile);
   T* other_scores = shared.take<T>(S::kOtherTile);
   T* other_values = shared.take<T>(S::kOtherTile);
+  const bool special = in.special();
+  float* spare = special ? shared.take<float>(2 * S::kSpare) : nullptr;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = lane_of_warp();
   const int own = q_first + warp * kM * 16;
 
@@ -69,8 +71,8 @@ __global__ void __launch_bounds__(GradientShape<T, kDim>::kLanes)
         multiply_rows<kDim>(d, own_values + warp * kM * 16 * S::kPitch, other_values, in.value_dim);
         const bool whole = tile == Seen::all;
         const uint64_t seen = whole ? ~uint64_t{0} : seen_bits<false, kM, kN>(head, own, key);
-        score_gradients<T, false, false>(head, facts, in.dropout, whole, seen, own, key, c, d,
-                                         row_sums);
+        score_gradients<T, false, false>(head, facts, special, in.dropout, whole, seen, own, key, c,
+                                         d, row_sums, spare);
 #pragma unroll
         for (int e = 0; e < kM * kN * 4; ++e)
           total[e / (4 * kN)][e / 4 % kN][e % 4] += d[e / (4 * kN)][e / 4 % kN][e % 4];
@@ -108,7 +110,7 @@ void run(const CudaStream& stream, BiasGradient task) {
   const int64_t blocks = int64_t{task.batches} * task.heads * task.q_tiles * task.k_tiles;
   if (blocks == 0) return;
   launch(stream, "attention: dbias", bias_gradient_kernel<T, kDim>,
-         Grid{blocks_of(blocks), S::kLanes, S::kShared}, task);
+         Grid{blocks_of(blocks), S::kLanes, task.in.shared<S>()}, task);
 }
 
 template <class T>

@@ -13,10 +13,11 @@ struct Shape {
   static constexpr bool k16 = sizeof(T) == 2;
   static constexpr int kM = k16 && kDim <= 128 ? 2 : 1;
   static constexpr int kWarps = k16 || kDim <= 128 ? 4 : 2;
-  static constexpr int kKeys = k16 ? (kDim <= 256 ? 64 : 32) : kDim <= 256 ? 32 : 16;
+  static constexpr int kKeys = k16 ? (kDim == 64 || kDim == 256 ? 64 : 32) : kDim <= 128 ? 32 : 16;
   static constexpr int kValues = kDim < 256 ? kDim : 256;
   static constexpr int kRows = kWarps * kM * 16, kLanes = kWarps * 32;
   static constexpr int kPitch = pitch_of<T>(kDim), kValuePitch = pitch_of<T>(kValues);
+  static constexpr int kSpare = kLanes * kM * kKeys / 2;
   static constexpr size_t kShared = shared_bytes<T>(kRows * kPitch) +
                                     shared_bytes<T>(kKeys * kPitch) +
                                     shared_bytes<T>(kKeys * kValuePitch);
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kLanes) forward_kernel(Forward
   T* q_tile = shared.take<T>(S::kRows * S::kPitch);
   T* k_tile = shared.take<T>(S::kKeys * S::kPitch);
   T* v_tile = shared.take<T>(S::kKeys * S::kValuePitch);
+  float* spare = task.rules.modify() ? shared.take<float>(S::kSpare) : nullptr;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = lane_of_warp();
   const int own = place.first + warp * kM * 16;  // the warp's first query
   T* own_tile = q_tile + warp * kM * 16 * S::kPitch;
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kLanes) forward_kernel(Forward
     clear(c);
     multiply_rows<kDim>(c, own_tile, k_tile, task.dim);
     const uint64_t seen = whole ? ~uint64_t{0} : seen_bits<false, kM, kN>(head, own, key);
-    to_scores<false>(head, seen, own, key, c);
+    to_scores<false>(head, seen, own, key, c, spare);
 
     // The running maximum and sum of a row lie in its four lanes.
 #pragma unroll
@@ -160,7 +162,8 @@ void run(const CudaStream& stream, Forward task, const Problem& p) {
   const int64_t tiles = task.sequences.tiles(false, S::kRows);
   task.chunks = static_cast<int>(ceil_div(p.value_dim, S::kValues));
   task.tiles = static_cast<int>(tiles);
-  const Grid grid{blocks_of(tiles * task.chunks * p.heads), S::kLanes, S::kShared};
+  const Grid grid{blocks_of(tiles * task.chunks * p.heads), S::kLanes,
+                  S::kShared + (task.rules.modify() ? shared_bytes<float>(S::kSpare) : 0)};
   launch(stream, "attention: forward", forward_kernel<T, kDim>, grid, task);
 }
 

@@ -17,6 +17,7 @@ struct GradientShape {
   static constexpr int kStages = kDim <= (k16 ? 128 : 64) ? 2 : 1;
   static constexpr int kPitch = pitch_of<T>(kDim);
   static constexpr int kOwnTile = kOwn * kPitch, kOtherTile = kOther * kPitch;
+  static constexpr int kSpare = kLanes * kM * kOther / 2;  // twice
   static constexpr size_t kShared =
       2 * shared_bytes<T>(kOwnTile) + 2 * kStages * shared_bytes<T>(kOtherTile);
 };
@@ -42,6 +43,13 @@ struct Backward {
         dim(static_cast<int>(p.dim)),
         value_dim(static_cast<int>(p.value_dim)),
         dropout(p.dropout > 0) {}
+
+  // Whether a gradient is more than p (<do, v> - delta) of the scaled product's p.
+  __host__ __device__ bool special() const { return rules.modify() || dropout || d_key_mass; }
+  template <class Shape>
+  size_t shared() const {
+    return Shape::kShared + (special() ? 2 * shared_bytes<float>(Shape::kSpare) : 0);
+  }
 };
 
 // dbias (attention_bias_gradient.cu).
@@ -62,17 +70,48 @@ struct HeadFacts {
 };
 
 // c: <q_i, k_j> becomes p_ij, 0 where dropped. d: <do_i, v_j> becomes dx_ij, or ds_ij where not
-// kCapped. sums: + ds of the own rows, of this lane's columns.
+// kCapped. sums: + ds of the own rows, of this lane's columns. spare: twice (4 kM kN, lanes) in shared
+// memory where the gradient is special.
 template <class T, bool kByKeys, bool kCapped, int kM, int kN>
-__device__ void score_gradients(const HeadRules& head, const HeadFacts& facts, bool dropout,
-                                bool whole, uint64_t seen, int own, int other,
-                                float (&c)[kM][kN][4], float (&d)[kM][kN][4],
-                                float (&sums)[2 * kM]) {
+__device__ void score_gradients(const HeadRules& head, const HeadFacts& facts, bool special,
+                                bool dropout, bool whole, uint64_t seen, int own, int other,
+                                float (&c)[kM][kN][4], float (&d)[kM][kN][4], float (&sums)[2 * kM],
+                                float* spare) {
   const Rules& rules = head.rules;
   const int g = lane_of_warp() / 4, t = lane_of_warp() % 4;
-  const bool plain = whole && !rules.modify() && !dropout && !facts.d_key_mass;
-  const bool with_low = !plain || sizeof(T) == 4;
-  const uint64_t kept = dropout ? kept_bits<kByKeys, kM, kN>(head, own, other) : ~uint64_t{0};
+  if (special) {
+    float* spare_d = spare + kM * kN * 4 * blockDim.x;
+    const uint64_t kept = dropout ? kept_bits<kByKeys, kM, kN>(head, own, other) : ~uint64_t{0};
+    stow(c, spare);
+    stow(d, spare_d);
+#pragma unroll 1
+    for (int e = 0; e < kM * kN * 4; ++e) {
+      const Pair<kByKeys, kN> at(e, own, other);
+      float &x = spare[e * blockDim.x + threadIdx.x], &dx = spare_d[e * blockDim.x + threadIdx.x];
+      float ds = 0.0f;
+      if (!(seen >> e & 1) || facts.low[at.i] == infinity()) {
+        x = dx = 0.0f;
+      } else {
+        float cap;
+        const float score = head.score(x, at.i, at.j, &cap);
+        const float p = exp2_of<T>(score - facts.base[at.i] - facts.low[at.i]);
+        const bool keep = kept >> e & 1;
+        float a = keep ? dx * rules.keep_scale : 0.0f;
+        if (facts.d_key_mass) a += facts.d_key_mass[at.j];
+        ds = p * (a - facts.delta[at.i]);
+        x = keep ? p : 0.0f;
+        dx = kCapped ? ds * cap : ds;
+      }
+#pragma unroll
+      for (int m = 0; m < 2 * kM; ++m)
+        if (m == e / (4 * kN) * 2 + e % 4 / 2) sums[m] += ds;
+    }
+    fetch(c, spare);
+    fetch(d, spare_d);
+    return;
+  }
+
+  const bool with_low = !whole || sizeof(T) == 4;
   float base[2 * kM], low[2 * kM], delta[2 * kM];  // of the own queries
 #pragma unroll
   for (int m = 0; m < 2 * kM; ++m) {
@@ -96,32 +135,15 @@ __device__ void score_gradients(const HeadRules& head, const HeadFacts& facts, b
 #pragma unroll
       for (int m = 0; m < 2 * kM; ++m) {
         float &x = c[m / 2][n][m % 2 * 2 + r], &dx = d[m / 2][n][m % 2 * 2 + r];
-        const float row_base = kByKeys ? column_base : base[m];
         const float row_low = kByKeys ? column_low : low[m];
-        const float row_delta = kByKeys ? column_delta : delta[m];
-        if (plain) {
-          const float above = x * rules.scale_log2 - row_base;
-          x = exp2_of<T>(sizeof(T) == 4 ? above - row_low : above);
-          dx = x * (dx - row_delta);
-          sums[m] += dx;
-          continue;
-        }
         const int e = (m / 2 * kN + n) * 4 + m % 2 * 2 + r;
-        if (!(seen >> e & 1) || row_low == infinity()) {
-          x = dx = 0.0f;
-          continue;
-        }
-        const int row = own + m * 8 + g;
-        const int i = kByKeys ? column : row, j = kByKeys ? row : column;
-        float cap;
-        const float score = head.score(x, i, j, &cap);
-        const float p = exp2_of<T>(score - row_base - row_low);
-        x = kept >> e & 1 ? p : 0.0f;
-        float a = kept >> e & 1 ? dx * rules.keep_scale : 0.0f;
-        if (facts.d_key_mass) a += facts.d_key_mass[j];
-        dx = p * (a - row_delta);
+        // A row without any weight has no gradient, whatever its values hold.
+        const bool counts = whole || ((seen >> e & 1) && row_low < infinity());
+        const float above = x * rules.scale_log2 - (kByKeys ? column_base : base[m]);
+        const float p = exp2_of<T>(with_low ? above - row_low : above);
+        x = counts ? p : 0.0f;
+        dx = counts ? p * (dx - (kByKeys ? column_delta : delta[m])) : 0.0f;
         sums[m] += dx;
-        if (kCapped) dx *= cap;
       }
     }
 }

@@ -85,24 +85,43 @@ struct Pair {
   }
 };
 
-// Products c become scores in units of log2; -inf where nothing is seen.
+// Scores take their way through memory of the lane's own where something is added to them: a loop
+// over the registers would be as many copies of that code.
+template <int kM, int kN>
+__device__ void stow(const float (&c)[kM][kN][4], float* spare) {
+#pragma unroll
+  for (int e = 0; e < kM * kN * 4; ++e)
+    spare[e * blockDim.x + threadIdx.x] = c[e / (4 * kN)][e / 4 % kN][e % 4];
+}
+template <int kM, int kN>
+__device__ void fetch(float (&c)[kM][kN][4], const float* spare) {
+#pragma unroll
+  for (int e = 0; e < kM * kN * 4; ++e)
+    c[e / (4 * kN)][e / 4 % kN][e % 4] = spare[e * blockDim.x + threadIdx.x];
+}
+
+// Products c become scores in units of log2; -inf where nothing is seen. spare: (4 kM kN, lanes) in
+// shared memory where the rules modify scores.
 template <bool kByKeys, int kM, int kN>
 __device__ void to_scores(const HeadRules& head, uint64_t seen, int own, int other,
-                          float (&c)[kM][kN][4]) {
-  const bool modify = head.rules.modify();
+                          float (&c)[kM][kN][4], float* spare) {
+  if (!head.rules.modify()) {
 #pragma unroll
-  for (int e = 0; e < kM * kN * 4; ++e) {
-    float& x = c[e / (4 * kN)][e / 4 % kN][e % 4];
-    if (!(seen >> e & 1)) {
-      x = -infinity();
-    } else if (modify) {
-      const Pair<kByKeys, kN> at(e, own, other);
-      float ignored;
-      x = head.score(x, at.i, at.j, &ignored);
-    } else {
-      x *= head.rules.scale_log2;
+    for (int e = 0; e < kM * kN * 4; ++e) {
+      float& x = c[e / (4 * kN)][e / 4 % kN][e % 4];
+      x = seen >> e & 1 ? x * head.rules.scale_log2 : -infinity();
     }
+    return;
   }
+  stow(c, spare);
+#pragma unroll 1
+  for (int e = 0; e < kM * kN * 4; ++e) {
+    float& x = spare[e * blockDim.x + threadIdx.x];
+    const Pair<kByKeys, kN> at(e, own, other);
+    float ignored;
+    x = seen >> e & 1 ? head.score(x, at.i, at.j, &ignored) : -infinity();
+  }
+  fetch(c, spare);
 }
 
 // What dropout does not keep becomes 0.

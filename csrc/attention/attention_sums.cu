@@ -61,6 +61,7 @@ struct Shape {
   static constexpr bool kWide = sizeof(T) == 4 && kDim > 128;
   static constexpr int kM = 1, kWarps = kWide ? 2 : 4, kOwn = kWarps * 16, kLanes = kWarps * 32;
   static constexpr int kOther = kWide ? 16 : 32, kPitch = pitch_of<T>(kDim);
+  static constexpr int kSpare = kLanes * kM * kOther / 2;
   static constexpr size_t kShared =
       shared_bytes<T>(kOwn * kPitch) + shared_bytes<T>(kOther * kPitch);
 };
@@ -99,6 +100,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kLanes) sum_kernel(SumTask tas
   Shared shared;
   T* own_tile = shared.take<T>(S::kOwn * S::kPitch);
   T* other_tile = shared.take<T>(S::kOther * S::kPitch);
+  float* spare = task.rules.modify() ? shared.take<float>(S::kSpare) : nullptr;
   const int warp = static_cast<int>(threadIdx.x / 32), lane = lane_of_warp();
   const int own = place.first + warp * kM * 16;
   float sums[2 * kM] = {};
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(Shape<T, kDim>::kLanes) sum_kernel(SumTask tas
     multiply_rows<kDim>(c, own_tile + warp * kM * 16 * S::kPitch, other_tile, task.dim);
     const uint64_t seen =
         walk.whole ? ~uint64_t{0} : seen_bits<kByKeys, kM, kN>(head, own, walk.first);
-    to_scores<kByKeys>(head, seen, own, walk.first, c);
+    to_scores<kByKeys>(head, seen, own, walk.first, c, spare);
 #pragma unroll
     for (int e = 0; e < kM * kN * 4; ++e) {
       const Pair<kByKeys, kN> at(e, own, walk.first);
@@ -146,7 +148,9 @@ void run_sums(const CudaStream& stream, SumTask task) {
   if (tiles == 0) return;
   task.tiles = static_cast<int>(tiles);
   launch(stream, "attention: sums of p", sum_kernel<T, kDim, kByKeys>,
-         Grid{blocks_of(tiles * task.rules.heads), S::kLanes, S::kShared}, task);
+         Grid{blocks_of(tiles * task.rules.heads), S::kLanes,
+              S::kShared + (task.rules.modify() ? shared_bytes<float>(S::kSpare) : 0)},
+         task);
 }
 
 template <class T, bool kByKeys>
