@@ -68,6 +68,12 @@ def test_same_results_of_an_index(rng, metric, dim):
         assert_same(to_numpy(tuple(got)), tuple(index.search(queries, 9, rescore=by)))
     with pytest.raises(pentad.DeviceError, match="is on cpu"):
         there.search(torch.from_numpy(queries), 1)
+    lists = H.BinaryIVFIndex(dim, 20, metric=metric, nprobe=3)
+    lists.train(queries.repeat(10, 0))
+    lists.add(index.codes(), index.ids)
+    for chosen in (None, keep):
+        got = lists.to("cuda").search(on_gpu(queries), 9, filter=chosen)
+        assert_same(to_numpy(tuple(got)), tuple(lists.search(queries, 9, filter=chosen)))
 
 
 @pytest.mark.parametrize("metric", METRICS)

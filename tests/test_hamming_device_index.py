@@ -16,10 +16,10 @@ from pentad.hamming import BinaryIndex, BinaryIVFIndex
 from pentad.pq import ScalarIndex
 
 torch = pytest.importorskip("torch")
-from pentad.hamming.device_index import DeviceBinaryIndex  # noqa: E402
+from pentad.hamming.device_index import DeviceBinaryIndex, DeviceBinaryIVFIndex  # noqa: E402
 
-# Candidates are scored by CUDA kernels alone.
-scores_candidates = pytest.mark.skipif(
+# Candidates are scored, and lists visited, by CUDA kernels alone.
+needs_kernels = pytest.mark.skipif(
     not _C.cuda_on_host, reason="needs the CUDA kernels, or their execution on the CPU"
 )
 
@@ -58,7 +58,7 @@ def test_search_equals_the_index(rng, metric, n, dim):
         assert_same(tensors(got), tuple(index.search(packed, 3, filter=chosen)))
 
 
-@scores_candidates
+@needs_kernels
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(("n", "dim"), [(0, 20), (300, 100)])
 def test_rescoring_equals_the_index(rng, store, n, dim):
@@ -74,6 +74,29 @@ def test_rescoring_equals_the_index(rng, store, n, dim):
         ids = np.stack([rng.permutation(np.unique(row))[:9] for row in ids])
         got = there.rescore(asked, torch.from_numpy(ids), by=by)
         assert_same(tensors(got), tuple(index.rescore(queries, ids, by=by)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "dim", "lists"), [(0, 20, 3), (40, 64, 40), (3000, 100, 7)])
+def test_lists_equal_the_index(rng, metric, n, dim, lists):
+    index = BinaryIVFIndex(dim, lists, metric=metric, store="int8", nprobe=2)
+    vectors = whole_vectors(rng, n + lists, dim)
+    vectors[n // 2 : n] = vectors[: n - n // 2]  # ties
+    index.train(vectors)
+    index.add(vectors[:n], rng.permutation(3 * n)[:n])
+    there = DeviceBinaryIVFIndex(index, "cpu")
+    queries = whole_vectors(rng, 5, dim)
+    asked = torch.from_numpy(queries)
+    for chosen in (None, rng.random(n) < 0.5):
+        for options in ({}, {"nprobe": lists}, {"rescore": "bits"}, {"rescore": "store"}):
+            for k in (0, 5, n // 10 + 7):
+                want = index.search(queries, k, filter=chosen, **options)
+                assert_same(tensors(there.search(asked, k, filter=chosen, **options)), tuple(want))
+    with pytest.raises(pentad.DeviceError, match="no CUDA kernel"):
+        there.range_search(asked, 3)
+    with pytest.raises(pentad.DeviceError, match="at most 2048"):
+        there.search(asked, 2049)
 
 
 def test_it_is_a_copy(rng):
@@ -130,6 +153,7 @@ def test_what_has_no_kernels_says_so(monkeypatch):
             index.to("cuda")
     monkeypatch.setattr(_C, "cuda_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for other in (BinaryIVFIndex(8, 2), ScalarIndex(8)):
-        with pytest.raises(pentad.DeviceError, match="no CUDA kernels for this kind of index"):
-            other.to("cuda:0")
+    with pytest.raises(pentad.DeviceError, match="no CUDA kernels for this kind of index"):
+        ScalarIndex(8).to("cuda:0")
+    with pytest.raises(ValueError, match="not trained"):
+        BinaryIVFIndex(8, 2).to("cuda:0")

@@ -281,6 +281,36 @@ void py_topk_cuda(const TensorView& queries, const TensorView& codes_view, const
              static_cast<int64_t*>(out_ids.data), scratch_of(scratch, op, bytes, on));
 }
 
+// The same, of the rows of some lists per query.
+void py_topk_lists_cuda(const TensorView& queries, const TensorView& codes_view,
+                        const TensorView& probes, const TensorView& borders,
+                        const TensorView& ids_of, const Optional& mask,
+                        const std::string& metric_name, const TensorView& values,
+                        const TensorView& out_ids, const Optional& scratch, uintptr_t stream) {
+  constexpr const char* op = "hamming.topk_lists";
+  const Metric metric = metric_from(metric_name, op);
+  const Device on = device_of(queries);
+  expect_cuda(on, op);
+  const Matrix<const uint8_t> q = codes_of(queries, op, "queries", on);
+  const Matrix<const uint8_t> codes = searched_codes(codes_view, q.cols, op, on);
+  const auto* live = column<uint8_t>(mask, op, "mask", DType::boolean, codes.rows, on);
+  expect(probes, op, "probes", {DType::i64}, 2, on);
+  if (probes.shape[0] != q.rows || !is_contiguous(probes))
+    bad_value(op, "probes have shape " + shape_text(probes) + ", expected contiguous (" +
+                      std::to_string(q.rows) + ", lists)");
+  const int64_t lists = borders.rank == 1 ? borders.shape[0] - 1 : 0;
+  if (lists < 1 || probes.shape[1] < 1) bad_value(op, "borders have shape " + shape_text(borders));
+  const cuda::Visits visits{static_cast<const int64_t*>(probes.data), probes.shape[1], lists,
+                            column<int64_t>(borders, op, "borders", DType::i64, lists + 1, on),
+                            column<int64_t>(ids_of, op, "ids_of", DType::i64, codes.rows, on)};
+  const int64_t k = listed_k(values, op);
+  expect_output(values, op, "values", value_type(metric), {q.rows, k}, on);
+  expect_output(out_ids, op, "ids", DType::i64, {q.rows, k}, on);
+  const int64_t bytes = cuda::topk_lists_scratch(q.rows, visits.count, codes.rows, lists, k);
+  cuda::topk_lists(stream_of(on, stream), q, codes, visits, live, metric, k, values.data,
+                   static_cast<int64_t*>(out_ids.data), scratch_of(scratch, op, bytes, on));
+}
+
 void py_topk_score_cuda(const TensorView& x, const TensorView& codes_view, const Optional& mask,
                         const TensorView& values, const TensorView& out_ids,
                         const Optional& scratch, uintptr_t stream) {
@@ -532,6 +562,8 @@ void bind_hamming(py::module_& m) {
         no_scratch, default_stream, release);
   m.def("hamming_topk", &py_topk, release);
   m.def("hamming_topk_cuda", &py_topk_cuda, release);
+  m.def("hamming_topk_lists_cuda", &py_topk_lists_cuda, release);
+  m.def("hamming_topk_lists_scratch", &cuda::topk_lists_scratch);
   m.def("hamming_topk_score_cuda", &py_topk_score_cuda, release);
   m.def("hamming_range_cuda", &py_range_cuda, release);
   m.attr("hamming_cuda_max_k") = cuda::kMaxK;

@@ -31,6 +31,21 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
           const Matrix<const uint8_t>& codes, const uint8_t* mask, Metric metric, int64_t k,
           void* values, int64_t* ids, void* scratch, Product product = Product::of_device);
 
+// Of the rows of some lists alone, list l being [borders[l], borders[l + 1]): query q visits
+// probes[q * count ...], each list once. A row's id, of which ties take the smaller and the mask is
+// asked, is ids_of[row] < kMaxRows.
+struct Visits {
+  const int64_t* probes;  // (queries, count)
+  int64_t count, lists;
+  const int64_t* borders;  // (lists + 1), rising
+  const int64_t* ids_of;   // (codes.rows), each number below that once
+};
+// There is at least one list, and a query visits at least one.
+int64_t topk_lists_scratch(int64_t queries, int64_t count, int64_t rows, int64_t lists, int64_t k);
+void topk_lists(const CudaStream& stream, const Matrix<const uint8_t>& queries,
+                const Matrix<const uint8_t>& codes, const Visits& visits, const uint8_t* mask,
+                Metric metric, int64_t k, void* values, int64_t* ids, void* scratch);
+
 // In two steps, as the caller has to know how much there is: what lies under `limit` (radius_limit)
 // is counted into indptr (queries + 1), then values and ids (total = indptr[queries]) are written,
 // ids rising in each query's run. Both take the same arguments and the same scratch memory.

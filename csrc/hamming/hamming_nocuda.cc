@@ -19,6 +19,11 @@ void topk(const CudaStream&, const Matrix<const uint8_t>&, const Matrix<const ui
           const uint8_t*, Metric, int64_t, void*, int64_t*, void*, Product) {
   missing();
 }
+int64_t topk_lists_scratch(int64_t, int64_t, int64_t, int64_t, int64_t) { missing(); }
+void topk_lists(const CudaStream&, const Matrix<const uint8_t>&, const Matrix<const uint8_t>&,
+                const Visits&, const uint8_t*, Metric, int64_t, void*, int64_t*, void*) {
+  missing();
+}
 int64_t range_scratch(int64_t, int64_t) { missing(); }
 void range_count(const CudaStream&, const Matrix<const uint8_t>&, const Matrix<const uint8_t>&,
                  const uint8_t*, Metric, uint32_t, int64_t*, void*, Product) {

@@ -16,10 +16,28 @@ constexpr int64_t kTileMaxK = 192;    // 32 lists of 256 hits are 64 KB of share
 constexpr int64_t kScanMaxK = 1024;   // of four queries, likewise
 constexpr int64_t kBlocks = 1024;     // that keep a device busy
 constexpr int64_t kSliceRows = 1024;  // at least
+constexpr int64_t kPartRows = 512;    // of a list of average length, at least
 
 struct CodeSearch : Search {
   Codes queries;
   Metric metric;
+  Visits visits;  // slices are parts of these lists, unless there are none
+  int64_t parts;  // of a list
+
+  __device__ void rows_of(int64_t query, int64_t slice, int64_t& first, int64_t& last) const {
+    if (!visits.probes) {
+      first = slice * slice_rows;
+      last = min(first + slice_rows, codes.rows);
+      return;
+    }
+    first = last = 0;
+    const int64_t list = visits.probes[query * visits.count + slice / parts];
+    if (list < 0 || list >= visits.lists) return;
+    const int64_t begin = visits.borders[list], end = visits.borders[list + 1];
+    const int64_t part = (end - begin + parts - 1) / parts;
+    first = max(begin + slice % parts * part, int64_t{0});
+    last = min(min(first + part, end), codes.rows);
+  }
 };
 
 // |x xor q| where differ is all ones, |x and q| where it is 0: one logic operation and one popcount.
@@ -56,8 +74,8 @@ __global__ void __launch_bounds__(kLanes) topk_scan(CodeSearch in, int row_lanes
   const bool jaccard = in.metric == Metric::jaccard;
   const uint32_t differ = in.metric == Metric::hamming ? 0xffffffffu : 0;
   const int member = tid % row_lanes, group = tid / row_lanes, groups = kLanes / row_lanes;
-  const int64_t first = slice * in.slice_rows;
-  const int64_t last = min(first + in.slice_rows, in.codes.rows);
+  int64_t first, last;
+  in.rows_of(q_first, slice, first, last);
   for (int64_t step = first; step < last; step += kScanStep) {
 #pragma unroll 2
     for (int r = group; r < kScanStep; r += groups) {
@@ -74,14 +92,17 @@ __global__ void __launch_bounds__(kLanes) topk_scan(CodeSearch in, int row_lanes
         for (int q = 0; q < kQueries; ++q) counts[q] += __shfl_xor_sync(kFullWarp, counts[q], by);
         if (jaccard) ones += __shfl_xor_sync(kFullWarp, ones, by);
       }
-      if (!in.may_return(row, last)) continue;
+      if (row >= last) continue;
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         if (q % row_lanes != member || q_first + q >= in.queries.rows) continue;
         const uint32_t key = in.metric == Metric::hamming
                                  ? static_cast<uint32_t>(counts[q])
                                  : key_of(in.metric, counts[q], query_ones[q], ones);
-        lists.list(in, q).offer(hit_of(key, row));
+        const HitList list = lists.list(in, q);
+        if (hit_of(key, 0) >= *list.limit) continue;
+        const int64_t id = in.visits.ids_of ? in.visits.ids_of[row] : row;
+        if (!in.mask || in.mask[id]) list.offer(hit_of(key, id));
       }
     }
     __syncthreads();
@@ -146,6 +167,27 @@ struct Plan {
   }
 };
 
+// Parts of a list, so that the blocks of few queries keep a device busy.
+int64_t parts_of(int64_t nq, int64_t count, int64_t rows, int64_t lists, int64_t k) {
+  const int64_t most = min(kBlocks / (nq * count), kMostHits / (count * k));
+  return max(int64_t{1}, min(most, ceil_div(rows, lists * kPartRows)));
+}
+
+void scan(const CudaStream& stream, const CodeSearch& in, Grid grid, int queries) {
+  const int row_lanes =
+      static_cast<int>(min(int64_t{32}, int64_t{power_of_two_from(in.codes.pieces())}));
+  const int padded = static_cast<int>(ceil_div(in.codes.pieces(), row_lanes)) * row_lanes;
+  grid.shared += shared_bytes<uint4>(queries * padded) + shared_bytes<int>(queries);
+  launch(stream, "hamming: topk_scan", queries == 1 ? topk_scan<1> : topk_scan<kScanQueries>, grid,
+         in, row_lanes);
+}
+
+Value value_of(Metric metric) {
+  return metric == Metric::hamming   ? Value::distance
+         : metric == Metric::jaccard ? Value::jaccard
+                                     : Value::common_ones;
+}
+
 }  // namespace
 
 int64_t topk_scratch(int64_t nq, int64_t rows, int64_t k) {
@@ -163,7 +205,9 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
   const CodeSearch in{{Codes(codes), mask, nq, static_cast<int>(k), plan.capacity, plan.slices,
                        plan.slice_rows, static_cast<uint64_t*>(scratch)},
                       Codes(queries),
-                      metric};
+                      metric,
+                      {},
+                      1};
   Grid grid{blocks_of(plan.query_blocks * plan.slices), kLanes,
             Lists::bytes(plan.block_queries, plan.capacity)};
   if (plan.tiles) {
@@ -178,18 +222,31 @@ void topk(const CudaStream& stream, const Matrix<const uint8_t>& queries,
     launch(stream, "hamming: topk_tiles", tensor ? topk_tiles<true> : topk_tiles<false>, grid, in,
            query_ones, code_ones);
   } else {
-    const int row_lanes =
-        static_cast<int>(min(int64_t{32}, int64_t{power_of_two_from(in.codes.pieces())}));
-    const int padded = static_cast<int>(ceil_div(in.codes.pieces(), row_lanes)) * row_lanes;
-    grid.shared +=
-        shared_bytes<uint4>(plan.block_queries * padded) + shared_bytes<int>(plan.block_queries);
-    launch(stream, "hamming: topk_scan",
-           plan.block_queries == 1 ? topk_scan<1> : topk_scan<kScanQueries>, grid, in, row_lanes);
+    scan(stream, in, grid, plan.block_queries);
   }
-  const Value value = metric == Metric::hamming   ? Value::distance
-                      : metric == Metric::jaccard ? Value::jaccard
-                                                  : Value::common_ones;
-  merge_lists(stream, in, {value, values, ids});
+  merge_lists(stream, in, {value_of(metric), values, ids});
+}
+
+int64_t topk_lists_scratch(int64_t nq, int64_t count, int64_t rows, int64_t lists, int64_t k) {
+  if (nq * count * lists * k == 0) return 0;
+  return lists_scratch(nq, count * parts_of(nq, count, rows, lists, k), k);
+}
+
+void topk_lists(const CudaStream& stream, const Matrix<const uint8_t>& queries,
+                const Matrix<const uint8_t>& codes, const Visits& visits, const uint8_t* mask,
+                Metric metric, int64_t k, void* values, int64_t* ids, void* scratch) {
+  const int64_t nq = queries.rows;
+  if (nq * visits.count * visits.lists * k == 0) return;
+  const int64_t parts = parts_of(nq, visits.count, codes.rows, visits.lists, k);
+  const CodeSearch in{
+      {Codes(codes), mask, nq, static_cast<int>(k), power_of_two_from(k + kScanStep),
+       visits.count * parts, 0, static_cast<uint64_t*>(scratch)},
+      Codes(queries),
+      metric,
+      visits,
+      parts};
+  scan(stream, in, {blocks_of(nq * in.slices), kLanes, Lists::bytes(1, in.capacity)}, 1);
+  merge_lists(stream, in, {value_of(metric), values, ids});
 }
 
 }  // namespace pentad::hamming::cuda

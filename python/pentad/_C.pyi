@@ -186,6 +186,20 @@ def hamming_topk_score(
     values: Array,
     out_ids: Array,
 ) -> None: ...
+def hamming_topk_lists_cuda(
+    queries: Array,
+    codes: Array,
+    probes: Array,
+    borders: Array,
+    ids_of: Array,
+    mask: Array | None,
+    metric: str,
+    values: Array,
+    out_ids: Array,
+    scratch: Array | None,
+    stream: int,
+) -> None: ...
+def hamming_topk_lists_scratch(queries: int, count: int, rows: int, lists: int, k: int) -> int: ...
 def hamming_topk_score_cuda(
     x: Array,
     codes: Array,

@@ -141,6 +141,54 @@ void floats(int64_t nq, const Sample& x) {
   }
 }
 
+// Lists of uneven sizes, one of them empty, of which each query visits some.
+void visits(const Sample& q, const Sample& x, int64_t count, const std::vector<int64_t>& ks) {
+  const int64_t lists = 5;
+  std::vector<int64_t> borders{0, x.n / 7, x.n / 7, x.n / 2, x.n - x.n / 9, x.n};
+  std::vector<int64_t> ids_of(x.n), rows(x.n);
+  for (int64_t i = 0; i < x.n; ++i) ids_of[i] = i;
+  std::shuffle(ids_of.begin(), ids_of.end(), random_bits);
+  for (int64_t i = 0; i < x.n; ++i) rows[ids_of[i]] = i;
+  std::vector<uint8_t> mask(x.n + 1);
+  for (int64_t i = 0; i < x.n; ++i) mask[i] = random_bits() % 2;
+  std::vector<int64_t> probes;
+  for (int64_t i = 0; i < q.n; ++i) {
+    std::vector<int64_t> order{0, 1, 2, 3, 4, -1};  // -1: none
+    std::shuffle(order.begin(), order.end(), random_bits);
+    probes.insert(probes.end(), order.begin(), order.begin() + count);
+  }
+  for (Metric metric : kMetrics)
+    for (int64_t k : ks)
+      for (bool masked : {false, true}) {
+        auto values = room<int32_t>(q.n * k);
+        auto ids = room<int64_t>(q.n * k);
+        auto scratch =
+            room<uint64_t>((cuda::topk_lists_scratch(q.n, count, x.n, lists, k) + 7) / 8);
+        cuda::topk_lists(stream, q.matrix, x.matrix,
+                         {probes.data(), count, lists, borders.data(), ids_of.data()},
+                         masked ? mask.data() : nullptr, metric, k, values.data(), ids.data(),
+                         scratch.data());
+        for (int64_t i = 0; i < q.n; ++i) {
+          std::vector<std::pair<double, int64_t>> best;
+          for (int64_t p = 0; p < count; ++p) {
+            const int64_t list = probes[i * count + p];
+            for (int64_t r = list < 0 ? 0 : borders[list]; list >= 0 && r < borders[list + 1]; ++r)
+              if (!masked || mask[ids_of[r]]) {
+                const double d = reference::distance(q.codes[i], x.codes[r], metric);
+                best.emplace_back(metric == Metric::intersection ? -d : d, ids_of[r]);
+              }
+          }
+          std::sort(best.begin(), best.end());
+          for (int64_t r = 0; r < k; ++r) {
+            const bool exists = r < static_cast<int64_t>(best.size());
+            CHECK(ids[i * k + r] == (exists ? best[r].second : -1), x.dim, x.n, count, i, k, r);
+            if (exists)
+              CHECK(std::abs(value_at(metric, values, i * k + r)) == std::abs(best[r].first));
+          }
+        }
+      }
+}
+
 void ranges(const Sample& q, const Sample& x) {
   std::vector<uint8_t> mask(x.n + 1);
   for (int64_t i = 0; i < x.n; ++i) mask[i] = random_bits() % 2;
@@ -381,6 +429,9 @@ int main() {
     search(nine, x, {3, 300});
     search(one, x, {2048});
     ranges(nine, x);
+    visits(nine, x, 3, {4});
+    visits(one, x, 1, {30});
+    visits(nine, Sample(64, 20), 6, {7});
     floats(1, Sample(40, 2500));
     scores(1, Sample(40, 5000), {20});
     scores(3, Sample(1030, 1100), {2048});

@@ -12,6 +12,7 @@ import numpy as np
 
 from pentad import _C
 from pentad._arrays import empty_like, on_device, runs_cuda
+from pentad._errors import DeviceError
 
 
 def value_dtype(metric: str) -> str:
@@ -65,6 +66,26 @@ def _lists(array, k) -> bool:
 def _sorts(array, k) -> bool:
     """Whether no list on the device holds k hits."""
     return runs_cuda(array) and k > _C.hamming_cuda_max_k and not isinstance(array, np.ndarray)
+
+
+def topk_lists(queries, codes, k, metric, mask, probes, borders, ids_of):
+    """`topk` of codes on a device, of the lists (nq, count) in `probes` alone.
+
+    List l has the rows from ``borders[l]`` to ``borders[l + 1]``; what is returned, and what `mask`
+    is over, are their numbers in `ids_of`.
+    """
+    if k > _C.hamming_cuda_max_k:
+        raise DeviceError(
+            f"[hamming.topk_lists] k is {k}, on a device a search of lists takes at most "
+            f"{_C.hamming_cuda_max_k}"
+        )
+    nq, sizes = queries.shape[0], (probes.shape[1], codes.shape[0], borders.shape[0] - 1)
+    values = empty_like(queries, (nq, k), value_dtype(metric))
+    ids = empty_like(queries, (nq, k), "int64")
+    device = on_device(queries, _C.hamming_topk_lists_scratch, nq, *sizes, k)
+    lists = probes, borders, ids_of
+    _C.hamming_topk_lists_cuda(queries, codes, *lists, mask, metric, values, ids, *device)
+    return values, ids
 
 
 def sorted_topk(queries, codes, k, metric, mask):

@@ -127,6 +127,12 @@ class BinaryIVFIndex(CodeIndex, InvertedIndex):
         found = _rows.range_search(rows, given.codes, radius, mask, ranges=ranges)
         return tuple(like(queries, part) for part in found)
 
+    def _on_device(self, device):
+        from pentad.hamming.device_index import DeviceBinaryIVFIndex
+
+        self._ready("to")
+        return DeviceBinaryIVFIndex(self, device)
+
     def _ranges(self, codes, nprobe):
         return self._state.ranges(functional.topk(codes, self.centroids, nprobe)[1])
 
