@@ -168,6 +168,7 @@ bench: install
 bench-gpu: install
 	$(BIN)/python bench/gpu_attention.py
 	$(BIN)/python bench/gpu_hamming.py
+	$(BIN)/python bench/gpu_pq.py
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
 wheel: $(TOOLS)

@@ -74,7 +74,7 @@ def fsq(x, levels):
     (array([[4, 4, 0]]), array([36]))
     """
     op = "pq.fsq"
-    numpy = is_numpy(op, x=x)
+    numpy = is_numpy(op, any_device=True, x=x)
     check_dtype(op, "x", x, FLOATS)
     levels = _check_levels(op, levels)
     if x.ndim < 1 or x.shape[-1] != len(levels):
@@ -123,7 +123,7 @@ def fsq_decode(index, levels):
     array([[ 0.,  1., -1.]], dtype=float32)
     """
     op = "pq.fsq_decode"
-    is_numpy(op, index=index)
+    is_numpy(op, any_device=True, index=index)
     check_dtype(op, "index", index, INTEGERS)
     levels = _check_levels(op, levels)
     parts, place = [], 1
@@ -164,7 +164,7 @@ def lfq(x):
     array([5])
     """
     op = "pq.lfq"
-    numpy = is_numpy(op, x=x)
+    numpy = is_numpy(op, any_device=True, x=x)
     check_dtype(op, "x", x, FLOATS)
     if x.ndim < 1 or not 1 <= x.shape[-1] <= _MOST_BITS:
         raise ValueError(f"[{op}] x has shape {tuple(x.shape)}, expected 1 to {_MOST_BITS} columns")
@@ -203,7 +203,7 @@ def lfq_decode(index, dim):
     array([[ 1., -1.,  1.]], dtype=float32)
     """
     op = "pq.lfq_decode"
-    is_numpy(op, index=index)
+    is_numpy(op, any_device=True, index=index)
     check_dtype(op, "index", index, INTEGERS)
     dim = check_count(op, "dim", dim, 1)
     if dim > _MOST_BITS:
@@ -240,7 +240,7 @@ def lfq_entropy(x, *, temperature=1.0, reduction="mean"):
     -0.6931
     """
     op = "pq.lfq_entropy"
-    numpy = is_numpy(op, x=x)
+    numpy = is_numpy(op, any_device=True, x=x)
     check_dtype(op, "x", x, FLOATS)
     check_choice(op, "reduction", reduction, ("mean", "none"))
     if x.ndim < 1 or not math.prod(x.shape[:-1]):
