@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kScanLanes) selective_forward_kernel(ForwardTa
   const int lane = static_cast<int>(threadIdx.x);
   const bool live = lane < block.channels;
   const int64_t s = block.item, channel = block.channel + lane;
-  const int64_t groups = ceil_div(p.states, S), width = p.width();
+  const int64_t groups = (p.states + S - 1) / S, width = p.width();
   Shared shared;
   const Coefficients<N, S> b{shared.take<float>(Coefficients<N, S>::kSize), p.constant_b};
   const Coefficients<N, S> c{shared.take<float>(Coefficients<N, S>::kSize), p.constant_c};

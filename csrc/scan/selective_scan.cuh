@@ -10,6 +10,8 @@
 //
 // With few channels time is cut into spans that run side by side (selective_scan_spans.cuh).
 #pragma once
+#include <algorithm>
+
 #include "common/cp_async.cuh"
 #include "scan/scan_elements.cuh"
 
@@ -49,7 +51,7 @@ struct ScanSequence {
   __device__ ScanSequence(const Scan& p, int64_t s)
       : at(sequence_of(p.begin, s, p.length)),
         reverse(p.reverse),
-        stored(p.begin.data ? at.first / kChunk + s : s * ceil_div(p.length, kChunk)) {}
+        stored(p.begin.data ? at.first / kChunk + s : s * ((p.length + kChunk - 1) / kChunk)) {}
   __device__ int64_t time(int64_t i) const { return at.first + (reverse ? at.steps - 1 - i : i); }
 };
 

@@ -30,7 +30,7 @@ struct BackwardTask {
   SpanStates spans;
 };
 
-constexpr int64_t sums_per_channel(int64_t width) { return 3 * width + 2; }
+__host__ __device__ constexpr int64_t sums_per_channel(int64_t width) { return 3 * width + 2; }
 
 // The sums over a warp's lanes of K numbers each: lane l gets that of number l / (32 / K). Halves of
 // the numbers and of the lanes change places, so that K - 1 shuffles do for the most part.
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kScanLanes) selective_backward_kernel(Backward
   const ScanBlock block(p);
   const int lane = static_cast<int>(threadIdx.x), warp = lane / 32;
   const bool live = lane < block.channels;
-  const int64_t channel = block.channel + lane, groups = ceil_div(p.states, S), width = p.width();
+  const int64_t channel = block.channel + lane, groups = (p.states + S - 1) / S, width = p.width();
   Shared shared;
   const Coefficients<N, S> b{shared.take<float>(Coefficients<N, S>::kSize), p.constant_b};
   const Coefficients<N, S> c{shared.take<float>(Coefficients<N, S>::kSize), p.constant_c};
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kScanLanes) adjoint_ends_kernel(BackwardTask t
   const ScanSequence seq(p, block.item);
   const int lane = static_cast<int>(threadIdx.x);
   const bool live = lane < block.channels;
-  const int64_t s = block.item, channel = block.channel + lane, groups = ceil_div(p.states, S);
+  const int64_t s = block.item, channel = block.channel + lane, groups = (p.states + S - 1) / S;
   Shared shared;
   const Coefficients<N, S> c{shared.take<float>(Coefficients<N, S>::kSize), p.constant_c};
   T* tiles = shared.take<T>(3 * Tile<T>::kSize);
