@@ -101,6 +101,7 @@ test-aarch64: $(TOOLS)
 # sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
 CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py \
+  tests/test_attention_decode.py \
   tests/test_scan_recurrence.py \
   $(addprefix tests/test_sparse_,splade.py score.py topk.py) \
   $(addprefix tests/test_pq_,lookup.py adc.py assign.py codes.py quantize.py on_devices.py)
@@ -169,6 +170,7 @@ bench-gpu: install
 	$(BIN)/python bench/gpu_attention.py
 	$(BIN)/python bench/gpu_hamming.py
 	$(BIN)/python bench/gpu_pq.py
+	$(BIN)/python bench/gpu_decode.py
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
 wheel: $(TOOLS)

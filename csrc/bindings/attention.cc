@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entries of attention. Everything that could make a kernel read or write out of bounds is
 // refused here, before anything is written.
-#include <algorithm>
 #include <utility>
-#include <vector>
 
 #include "bindings/attention_arguments.h"
 
@@ -121,58 +119,6 @@ void py_backward(const TensorView& q, const TensorView& k, const TensorView& v,
                  scratch_of(scratch, op, cuda::scratch_bytes(rows(a)), a.on));
 }
 
-// No two sequences may write to the same place.
-void check_targets(const Problem& p, int64_t new_tokens, const char* op) {
-  std::vector<int64_t> targets = p.cache_row;
-  if (p.page_size)
-    for (int64_t b = 0; b < p.batch; ++b)
-      for (int64_t n = p.k_length[b] / p.page_size; n * p.page_size < p.k_length[b] + new_tokens;
-           ++n)
-        targets.push_back(p.block_table[b * p.pages_per_sequence + n]);
-  std::sort(targets.begin(), targets.end());
-  if (new_tokens && std::adjacent_find(targets.begin(), targets.end()) != targets.end())
-    bad_value(op, p.page_size ? "block_table has one page twice among those that are written"
-                              : "cache_rows has one row twice");
-}
-
-void py_append(const TensorView& k_new, const TensorView& v_new, const TensorView& k_cache,
-               const TensorView& v_cache, const TensorView& cache_lengths,
-               const Optional& cache_rows, const Optional& left_pad, const Optional& block_table) {
-  constexpr const char* op = "attention.append";
-  const std::initializer_list<DType> dtypes = {DType::f32, DType::bf16, DType::f16, DType::f64};
-  expect(k_cache, op, "k_cache", dtypes, 4);
-  for (const auto& [view, name] :
-       {std::pair{&v_cache, "v_cache"}, std::pair{&k_new, "k_new"}, std::pair{&v_new, "v_new"}}) {
-    expect(*view, op, name, dtypes, 4);
-    if (view->dtype != k_cache.dtype)
-      throw TypeMismatch("[" + std::string(op) + "] " + name + " has dtype " +
-                         dtype_name(view->dtype) + " but k_cache has " + dtype_name(k_cache.dtype));
-  }
-  Arguments a(op);
-  Problem& p = a.problem;
-  p.batch = k_new.shape[0];
-  p.heads = p.kv_heads = k_new.shape[1];
-  p.dim = k_new.shape[3];
-  p.value_dim = v_new.shape[3];
-  const int64_t new_tokens = k_new.shape[2];
-  expect_shape(v_new, op, "v_new", {p.batch, p.kv_heads, new_tokens, p.value_dim});
-  expect_shape(k_cache, op, "k_cache", {k_cache.shape[0], p.kv_heads, k_cache.shape[2], p.dim});
-  expect_shape(v_cache, op, "v_cache",
-               {k_cache.shape[0], p.kv_heads, k_cache.shape[2], p.value_dim});
-  p.q = operand(k_new, false);
-  p.k = operand(k_cache, false);
-  p.v = operand(v_cache, false);
-  a.set_caches(k_cache, cache_lengths, cache_rows, left_pad, block_table, new_tokens,
-               "cache_lengths");
-  check_targets(p, new_tokens, op);
-  a.writes.input("k_new", k_new);
-  a.writes.input("v_new", v_new);
-  a.writes.output("k_cache", k_cache);
-  a.writes.output("v_cache", v_cache);
-  a.writes.finish();
-  append(p, p.k_length, operand(k_new, false), operand(v_new, false), new_tokens);
-}
-
 // Of the parameters all but the last kOptional have no names.
 template <int kOptional, class... Parameters, class... Extra>
 void define(py::module_& m, const char* name, void (*function)(Parameters...),
@@ -192,7 +138,6 @@ void bind_attention(py::module_& m) {
   define<1>(m, "attention_plain", &py_plain, default_stream, release);
   define<2>(m, "attention_backward", &py_backward, no_scratch, default_stream, release);
   m.def("attention_scratch", &cuda::scratch_bytes);
-  m.def("attention_append", &py_append, release);
 }
 
 }  // namespace pentad

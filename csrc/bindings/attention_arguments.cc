@@ -230,6 +230,17 @@ void Arguments::set_caches(const TensorView& k, const Optional& lengths, const O
     bad_value(
         op_, "k has batch " + std::to_string(k.shape[0]) + " but q has " + std::to_string(p.batch));
   }
+  if (on.is_cuda()) {
+    for (const auto& [list, name] :
+         {std::pair{&lengths, lengths_name}, std::pair{&rows, "cache_rows"},
+          std::pair{&left_pad, "left_pad"}}) {
+      if (!*list) continue;
+      expect(**list, op_, name, {DType::i32, DType::i64}, 1, on);
+      expect_shape(**list, op_, name, {p.batch});
+    }
+    p.max_k = capacity;
+    return;
+  }
   p.k_length = per_sequence(lengths, p.batch, capacity, op_, lengths_name);
   p.cache_row = per_sequence(rows, p.batch, k.shape[0] - 1, op_, "cache_rows");
   p.left_pad = per_sequence(left_pad, p.batch, capacity, op_, "left_pad");

@@ -87,7 +87,7 @@ class Arguments {
                   const Optional& cu_q, const Optional& cu_k);
 
   // Where the keys of each sequence lie: k and v are caches when `lengths` are given. `extra` are
-  // positions after the lengths that are written.
+  // positions after the lengths that are written. On a device max_k becomes the capacity.
   void set_caches(const TensorView& k, const Optional& lengths, const Optional& rows,
                   const Optional& left_pad, const Optional& table, int64_t extra,
                   const char* lengths_name);

@@ -4,6 +4,7 @@
 namespace pentad {
 void bind_common(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_attention_cache(pybind11::module_& m);
 void bind_hamming(pybind11::module_& m);
 void bind_matrix_scan(pybind11::module_& m);
 void bind_pq_assign(pybind11::module_& m);
@@ -24,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("__version__") = PENTAD_VERSION;
   pentad::bind_common(m);
   pentad::bind_attention(m);
+  pentad::bind_attention_cache(m);
   pentad::bind_hamming(m);
   pentad::bind_matrix_scan(m);
   pentad::bind_pq_assign(m);

@@ -270,6 +270,9 @@ T __ldg(const T* at) {
 }
 using std::max, std::min;
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

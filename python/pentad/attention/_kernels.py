@@ -119,16 +119,21 @@ def decode(
     scale, softcap, left, right,
 ):  # fmt: skip
     out, lse = empty_out(q, v_cache.shape[3], False), empty_lse(q, False)
-    _C.attention_forward(
-        q, k_cache, v_cache, out, lse, None, bias, None, alibi, sink, None, None,
-        k_lengths, cache_rows, left_pad, block_table, None,
-        scale, softcap, left, right, False, 0.0, None,
+    (b, hq, sq, _), (_, hk, capacity, _) = q.shape, k_cache.shape
+    if block_table is not None:
+        capacity *= block_table.shape[1]
+    sizes = b, hq, hk, sq, capacity, v_cache.shape[3], q.element_size()
+    _C.attention_decode(
+        q, k_cache, v_cache, out, lse, bias, alibi, sink, k_lengths, cache_rows, left_pad,
+        block_table, scale, softcap, left, right,
+        *on_device(q, _C.attention_decode_scratch, *sizes),
     )  # fmt: skip
     return out, lse
 
 
 def append(k_new, v_new, k_cache, v_cache, cache_lengths, cache_rows, left_pad, block_table):
     _C.attention_append(
-        k_new, v_new, k_cache, v_cache, cache_lengths, cache_rows, left_pad, block_table
-    )
+        k_new, v_new, k_cache, v_cache, cache_lengths, cache_rows, left_pad, block_table,
+        *on_device(k_cache),
+    )  # fmt: skip
     torch.autograd.graph.increment_version((k_cache, v_cache))

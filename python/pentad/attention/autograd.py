@@ -58,12 +58,14 @@ decode = define(
     "Tensor? alibi, float? scale, float softcap, SymInt left, SymInt right) -> (Tensor, Tensor)",
     _kernels.decode,
     _fake_decode,
+    cuda=True,
 )
 append = define(
     "attention_append(Tensor k_new, Tensor v_new, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor cache_lengths, Tensor? cache_rows, Tensor? left_pad, Tensor? block_table) -> ()",
     _kernels.append,
     lambda *arguments: None,
+    cuda=True,
 )
 
 _DIFFERENTIABLE = 6  # q, k, v, bias, key_bias, sink

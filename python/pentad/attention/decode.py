@@ -54,6 +54,10 @@ def decode(
     number of threads, nor on pages and their order. Everything is checked before anything is
     written. No gradients.
 
+    On a CUDA device nothing waits for what `cache_seqlens`, `block_table`, `cache_batch_idx` and
+    `cache_leftpad` hold: a sequence for which they are out of range gets NaN, and what would lie
+    outside of its cache is not written.
+
     Parameters
     ----------
     q : (B, Hq, Sq, D) float32, bfloat16, float16 or float64
@@ -104,7 +108,7 @@ def decode(
         For what is no tensor, or has another dtype.
     ValueError
         For sizes or options that do not fit together; lengths beyond the capacity; pages, rows or
-        positions out of range.
+        positions out of range (those in tensors on a CUDA device are not looked at).
     pentad.DeviceError
         For tensors on different devices, or on one without a kernel.
     RuntimeError

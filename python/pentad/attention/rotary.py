@@ -62,7 +62,8 @@ def apply_rotary(x, cos, sin, *, offsets=0, positions=None, interleaved=False):
     Raises
     ------
     ValueError
-        For a position outside the tables, or sizes that do not fit.
+        For a position outside the tables, where a token on a CUDA device becomes NaN; or sizes that
+        do not fit.
 
     Examples
     --------
@@ -117,7 +118,16 @@ def token_positions(op, offsets, like, b, s):
 
 
 def rows_at(op, cos, sin, positions):
-    """The tables' rows (B or 1, 1, S, r / 2) at `positions`."""
+    """The tables' rows (B or 1, 1, S, r / 2) at `positions`; on a CUDA device, where nobody waits
+    for them, NaN where there is no such row."""
+    if positions.is_cuda:
+        missing = (positions < 0) | (positions >= cos.shape[0])
+        if not cos.shape[0]:
+            cos, sin = (t.new_zeros(1, t.shape[1]) for t in (cos, sin))
+        positions = positions.masked_fill(missing, 0)
+        return tuple(
+            t[positions].masked_fill(missing[..., None], torch.nan).unsqueeze(1) for t in (cos, sin)
+        )
     if not torch.compiler.is_compiling() and positions.numel() and positions.device.type != "meta":
         low, high = positions.aminmax()
         if low < 0 or high >= cos.shape[0]:
