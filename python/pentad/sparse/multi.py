@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from pentad._arrays import dtype_name, is_numpy
+from pentad._arrays import dtype_name, is_numpy, runs_cuda
 from pentad._checks import check_count, check_sequence
 from pentad.sparse._csr import MOST_COLUMNS, parts_of, rows_of
 from pentad.sparse.score import score
@@ -132,6 +132,12 @@ def _width(op, sides, size, i):
     """The columns of a bucket on both sides."""
     if size is not None:
         return size
+    for name, side in zip(("queries", "docs"), sides, strict=True):
+        values = parts_of(op, f"{name}[{i}]", side).values
+        if not isinstance(values, np.ndarray) and runs_cuda(values):
+            from pentad.sparse import score_device
+
+            return score_device.width(op, i, sides)
     return max(
         rows_of(op, f"{name}[{i}]", side).shape[1]
         for name, side in zip(("queries", "docs"), sides, strict=True)
@@ -142,6 +148,10 @@ def _stack(op, name, buckets, sizes):
     """CSR of the buckets side by side; a size of None is what the bucket says."""
     names = [f"{name}[{i}]" for i in range(len(buckets))]
     parts = [parts_of(op, n, bucket) for n, bucket in zip(names, buckets, strict=True)]
+    if not isinstance(parts[0].values, np.ndarray) and runs_cuda(parts[0].values):
+        from pentad.sparse import score_device
+
+        return score_device.stacked(op, name, parts, sizes)
     rows = [
         rows_of(op, n, bucket, vocab=size)
         for n, bucket, size in zip(names, buckets, sizes, strict=True)

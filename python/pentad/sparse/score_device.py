@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pentad import _C
-from pentad._arrays import on_device, to_numpy
+from pentad._arrays import is_numpy, on_device, to_numpy
 from pentad._errors import DeviceError
 from pentad.sparse import _csr
 
@@ -86,6 +86,56 @@ def checked(op, name, indptr, indices, values, columns) -> Side:
     if bad:
         _refuse(op, name, indptr, indices, values, columns)
     return _formed(op, name, indptr, indices, values, columns, falls)
+
+
+# --- Several buckets ------------------------------------------------------------------------------
+
+
+def width(op, bucket, sides):
+    """The columns of a bucket, where nobody named them for all."""
+    parts = [
+        _csr.parts_of(op, f"{name}[{bucket}]", side)
+        for name, side in zip(("queries", "docs"), sides, strict=True)
+    ]
+    return max(_columns(part) for part in parts)
+
+
+def _columns(part):
+    if part.columns is not None:
+        return part.columns
+    return int(part.indices.max()) + 1 if len(part.indices) else 0
+
+
+def stacked(op, name, parts, sizes):
+    """CSR of the buckets side by side; a size of None is what the bucket says."""
+    names = [f"{name}[{i}]" for i in range(len(parts))]
+    is_numpy(op, **{n: part.values for n, part in zip(names, parts, strict=True)}, cuda=True)
+    dtypes = {n: str(part.values.dtype) for n, part in zip(names, parts, strict=True)}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(f"[{op}] {name} have different dtypes: {dtypes}")
+    counts = {n: len(part.indptr) - 1 for n, part in zip(names, parts, strict=True)}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"[{op}] {name} have different numbers of rows: {counts}")
+    rows, indices, before = [], [], 0
+    every = torch.arange(len(parts[0].indptr) - 1, device=parts[0].values.device)
+    for i, (n, part, size) in enumerate(zip(names, parts, sizes, strict=True)):
+        if None not in (size, part.columns) and size != part.columns:
+            raise ValueError(f"[{op}] {n} has {part.columns} columns, expected {size}")
+        size = _columns(part) if size is None else size
+        checked(op, n, *part[:3], size)
+        lengths = part.indptr.to(torch.int64).diff()
+        row = torch.repeat_interleave(every, lengths, output_size=len(part.indices))
+        rows.append(row * len(parts) + i)
+        indices.append(part.indices.to(torch.int64) + before)
+        before += size
+    if before > _csr.MOST_COLUMNS:
+        raise ValueError(
+            f"[{op}] {name} have {before} columns in all, expected at most {_csr.MOST_COLUMNS}"
+        )
+    order = torch.sort(torch.cat(rows), stable=True).indices
+    indptr = sum(part.indptr.to(torch.int64) for part in parts)
+    values = torch.cat([part.values for part in parts])[order]
+    return indptr, torch.cat(indices)[order].int(), values, before
 
 
 # --- The one form ---------------------------------------------------------------------------------
