@@ -69,6 +69,14 @@ __device__ inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// c += a b: (16, 8) by (8, 8), one float to a register, of which the product sees the first 19 bits.
+__device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 #else
 
 namespace cuda_host {
@@ -165,6 +173,31 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     return static_cast<float>(real_from_half(x & 0xffff) * real_from_half(y & 0xffff) +
                               real_from_half(x >> 16) * real_from_half(y >> 16));
   }>("mma_f16", c, a, b, where);
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const std::source_location& where = std::source_location::current()) {
+  using Lane = cuda_host::Fragments<float>;
+  Lane payload{c, a, b};
+  cuda_host::warp_collective(
+      "mma_tf32", kFullWarp, &payload,
+      [](void* const* payloads, int) {
+        const auto lane = [&](int i) { return static_cast<const Lane*>(payloads[i]); };
+        const auto rounded = [](uint32_t x) { return std::bit_cast<float>(x & 0xffffe000); };
+        float x[16][8], y[8][8], sums[16][8] = {};
+        for (int i = 0; i < 32; ++i) {
+          const int g = i / 4, t = i % 4;
+          for (int e = 0; e < 4; ++e) x[g + e % 2 * 8][t + e / 2 * 4] = rounded(lane(i)->a[e]);
+          for (int e = 0; e < 2; ++e) y[t + e * 4][g] = rounded(lane(i)->b[e]);
+        }
+        for (int row = 0; row < 16; ++row)
+          for (int k = 0; k < 8; ++k)
+            for (int column = 0; column < 8; ++column)
+              sums[row][column] += x[row][k] * y[k][column];
+        for (int i = 0; i < 32; ++i)
+          for (int e = 0; e < 4; ++e)
+            lane(i)->c[e] += sums[i / 4 + e / 2 * 8][i % 4 * 2 + e % 2];
+      },
+      where);
 }
 
 #endif
