@@ -4,6 +4,7 @@
 #include "scan/matrix_scan.h"
 
 #include "bindings/scan_arguments.h"
+#include "scan/matrix_scan_cuda.h"
 
 namespace py = pybind11;
 
@@ -20,13 +21,13 @@ template <class Problem>
 struct Matrices : Arguments {
   Problem p;
 
-  explicit Matrices(const char* op) : Arguments(op, false) {}
+  explicit Matrices(const char* op) : Arguments(op, false, true) {}
 
   // q: (..., g, n), v: (..., h, p), both of `rank` dimensions; a per head has one less than v, or of a
   // token one dimension where it is constant.
   void set_sizes(const TensorView& q, const TensorView& v, const Optional& a, int rank) {
     set_dtype(v, "v", rank, false);
-    expect(q, op(), "q", {q.dtype}, rank);
+    expect(q, op(), "q", {q.dtype}, rank, on());
     p.batch = v.shape[0], p.heads = v.shape[rank - 2], p.values = v.shape[rank - 1];
     p.groups = q.shape[rank - 2], p.keys = q.shape[rank - 1];
     check_size("q", q, p.keys, "keys");
@@ -40,6 +41,14 @@ struct Matrices : Arguments {
       refuse("a has shape " + shape_text(*a) + ", expected " + std::to_string(least) +
              (rank == 3 ? " to " : " or ") + std::to_string(rank) + " dimensions");
     p.key_decay = a->rank == rank;
+  }
+
+  bool cuda() const { return runs_cuda(on(), dtype() != DType::f64, op(), "float64"); }
+  // Integers whose contents a kernel on a device is the first to see.
+  cuda::Integers integers(const Optional& view, const char* name) const {
+    if (!view) return {};
+    expect(*view, op(), name, {DType::i32, DType::i64}, 1, on());
+    return {view->data, view->dtype == DType::i64, view->strides[0]};
   }
 
  private:
@@ -59,20 +68,30 @@ struct MatrixInputs {
 };
 
 struct MatrixArguments : Matrices<MatrixScan> {
+  cuda::Packed packed;
   Shape like_q, like_v, like_a, like_w, like_d, like_state;
 
   MatrixArguments(const char* op, const MatrixInputs& in) : Matrices(op) {
     set_sizes(in.q, in.v, in.a, 4);
     p.length = in.v.shape[1];
     p.delta = in.delta, p.reverse = in.reverse, p.scale = in.scale;
-    p.begin = boundaries(in.cu_seqlens, p.batch, p.length);
+    packed.begin = integers(in.cu_seqlens, "cu_seqlens");
+    if (on().is_cuda() && in.cu_seqlens) {
+      if (p.batch != 1 || in.cu_seqlens->shape[0] < 1)
+        refuse("cu_seqlens need a batch of 1, which is " + std::to_string(p.batch) +
+               ", and at least one boundary");
+      packed.sequences = in.cu_seqlens->shape[0] - 1;
+    } else {
+      p.begin = boundaries(in.cu_seqlens, p.batch, p.length);
+      packed.sequences = p.sequences();
+    }
     like_q = {p.batch, p.length, p.groups, p.keys};
     like_v = {p.batch, p.length, p.heads, p.values};
     like_w = {p.batch, p.length, p.heads};
     like_a = like_w;
     if (p.key_decay) like_a.push_back(p.keys);
     like_d = {p.heads, p.values};
-    like_state = {p.sequences(), p.heads, p.keys, p.values};
+    like_state = {packed.sequences, p.heads, p.keys, p.values};
     p.q = input(in.q, "q", {dtype()}, like_q);
     p.k = input(in.k, "k", {dtype()}, like_q);
     p.v = input(in.v, "v", {dtype()}, like_v);
@@ -88,8 +107,8 @@ struct MatrixArguments : Matrices<MatrixScan> {
     return {dtype(), wide()};
   }
   Shape stored_shape() const {
-    return {stored_matrices(p.batch, p.length, !p.begin.empty(), p.sequences()), p.heads, p.keys,
-            p.values};
+    return {stored_matrices(p.batch, p.length, packed.begin.data, packed.sequences), p.heads,
+            p.keys, p.values};
   }
   void check_stored(const Optional& stored) const {
     if (!stored) return;
@@ -102,14 +121,18 @@ void py_matrix_forward(const TensorView& q, const TensorView& k, const TensorVie
                        const Optional& a, const Optional& w, const Optional& d,
                        const Optional& initial, const Optional& cu_seqlens, bool delta,
                        bool reverse, double scale, const TensorView& out, const Optional& last,
-                       const Optional& stored) {
+                       const Optional& stored, const Optional& scratch, uintptr_t stream) {
   MatrixArguments s("matrix_scan", {q, k, v, a, w, d, initial, cu_seqlens, delta, reverse, scale});
   const Operand to = s.output(out, "out", s.either(), s.like_v);
   const Operand state = s.output(last, "last_state", {s.wide()}, s.like_state);
   const Operand chunks = s.output(stored, "stored", {DType::f32}, s.stored_shape());
   s.check_stored(stored);
   s.writes.finish();
-  matrix_scan_forward(s.p, to, state, static_cast<float*>(chunks.data));
+  auto* states = static_cast<float*>(chunks.data);
+  if (!s.cuda()) return matrix_scan_forward(s.p, to, state, states);
+  const int64_t bytes = cuda::matrix_forward_scratch(s.p, s.packed, stored.has_value());
+  cuda::matrix_forward(stream_of(s.on(), stream), s.p, s.packed, to, state, states,
+                       scratch_of(scratch, s.op(), bytes, s.on()));
 }
 
 void py_matrix_backward(const Optional& d_out, const Optional& d_last, const Optional& stored,
@@ -118,7 +141,8 @@ void py_matrix_backward(const Optional& d_out, const Optional& d_last, const Opt
                         const Optional& initial, const Optional& cu_seqlens, bool delta,
                         bool reverse, double scale, const Optional& dq, const Optional& dk,
                         const Optional& dv, const Optional& da, const Optional& dw,
-                        const Optional& dd, const Optional& dinitial) {
+                        const Optional& dd, const Optional& dinitial, const Optional& scratch,
+                        uintptr_t stream) {
   MatrixArguments s("matrix_scan.backward",
                     {q, k, v, a, w, d, initial, cu_seqlens, delta, reverse, scale});
   MatrixScanGradients g;
@@ -141,19 +165,41 @@ void py_matrix_backward(const Optional& d_out, const Optional& d_last, const Opt
   g.dd = s.output(dd, "dd", {s.wide()}, s.like_d);
   g.dinitial = s.output(dinitial, "dinitial", {s.wide()}, s.like_state);
   s.writes.finish();
-  matrix_scan_backward(s.p, g);
+  if (!s.cuda()) return matrix_scan_backward(s.p, g);
+  const int64_t bytes = cuda::matrix_backward_scratch(s.p, s.packed);
+  cuda::matrix_backward(stream_of(s.on(), stream), s.p, s.packed, g,
+                        scratch_of(scratch, s.op(), bytes, s.on()));
+}
+
+// Bytes of scratch memory of a pass on a device; `sequences`: of packed ones, or -1.
+int64_t py_matrix_scratch(int64_t batch, int64_t length, int64_t heads, int64_t groups,
+                          int64_t keys, int64_t values, int64_t sequences, bool delta,
+                          bool key_decay, bool backward, bool stored) {
+  MatrixScan p;
+  p.batch = batch, p.length = length, p.heads = heads, p.groups = groups;
+  p.keys = keys, p.values = values, p.delta = delta, p.key_decay = key_decay;
+  cuda::Packed packed{{}, batch};
+  if (sequences >= 0) packed = {{&p}, sequences};  // any address: there are boundaries
+  return backward ? cuda::matrix_backward_scratch(p, packed)
+                  : cuda::matrix_forward_scratch(p, packed, stored);
 }
 
 // One token: q, k (B, G, N), v, out (B, H, P), a (B, H) or (B, H, N), w (B, H), d (H, P).
 void py_matrix_update(const TensorView& state, const TensorView& q, const TensorView& k,
                       const TensorView& v, const Optional& a, const Optional& w, const Optional& d,
-                      bool delta, double scale, const Optional& rows, const TensorView& out) {
+                      bool delta, double scale, const Optional& rows, const TensorView& out,
+                      uintptr_t stream) {
   Matrices<MatrixUpdate> s("matrix_update");
   MatrixUpdate& p = s.p;
   s.set_sizes(q, v, a, 3);
-  expect(state, s.op(), "state", {state.dtype}, 4);
+  expect(state, s.op(), "state", {state.dtype}, 4, s.on());
   p.delta = delta, p.scale = scale;
-  p.rows = s.rows(rows, "state_batch_indices", p.batch, state.shape[0], "state");
+  const cuda::Integers list = s.integers(rows, "state_batch_indices");
+  if (!s.on().is_cuda() || !rows)
+    p.rows = s.rows(rows, "state_batch_indices", p.batch, state.shape[0], "state");
+  else if (rows->shape[0] != p.batch)
+    s.refuse("state_batch_indices has shape " + shape_text(*rows) + ", expected (" +
+             std::to_string(p.batch) + ",)");
   const Shape like_q = {p.batch, p.groups, p.keys}, like_v = {p.batch, p.heads, p.values};
   const Shape like_w = {p.batch, p.heads};
   const bool constant = a && a->rank == 1;
@@ -169,7 +215,8 @@ void py_matrix_update(const TensorView& state, const TensorView& q, const Tensor
   p.state = s.output(state, "state", s.own(), {state.shape[0], p.heads, p.keys, p.values});
   p.out = s.output(out, "out", {s.dtype()}, like_v);
   s.writes.finish();
-  matrix_update(p);
+  if (s.cuda()) cuda::matrix_update(stream_of(s.on(), stream), p, list, state.shape[0]);
+  else matrix_update(p);
 }
 
 }  // namespace
@@ -177,9 +224,20 @@ void py_matrix_update(const TensorView& state, const TensorView& q, const Tensor
 void bind_matrix_scan(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.attr("matrix_chunk") = kMatrixChunk;
-  m.def("matrix_scan_forward", &py_matrix_forward, release);
-  m.def("matrix_scan_backward", &py_matrix_backward, release);
-  m.def("matrix_update", &py_matrix_update, release);
+  const auto no_scratch = py::arg("scratch") = py::none(), default_stream = py::arg("stream") = 0;
+  const auto arg = [](const char* name) { return py::arg(name); };
+  m.def("matrix_scan_forward", &py_matrix_forward, arg("q"), arg("k"), arg("v"), arg("a"), arg("w"),
+        arg("d"), arg("initial"), arg("cu_seqlens"), arg("delta"), arg("reverse"), arg("scale"),
+        arg("out"), arg("last"), arg("stored"), no_scratch, default_stream, release);
+  m.def("matrix_scan_backward", &py_matrix_backward, arg("d_out"), arg("d_last"), arg("stored"),
+        arg("q"), arg("k"), arg("v"), arg("a"), arg("w"), arg("d"), arg("initial"),
+        arg("cu_seqlens"), arg("delta"), arg("reverse"), arg("scale"), arg("dq"), arg("dk"),
+        arg("dv"), arg("da"), arg("dw"), arg("dd"), arg("dinitial"), no_scratch, default_stream,
+        release);
+  m.def("matrix_scan_scratch", &py_matrix_scratch);
+  m.def("matrix_update", &py_matrix_update, arg("state"), arg("q"), arg("k"), arg("v"), arg("a"),
+        arg("w"), arg("d"), arg("delta"), arg("scale"), arg("rows"), arg("out"), default_stream,
+        release);
 }
 
 }  // namespace pentad

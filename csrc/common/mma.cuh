@@ -194,8 +194,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
             for (int column = 0; column < 8; ++column)
               sums[row][column] += x[row][k] * y[k][column];
         for (int i = 0; i < 32; ++i)
-          for (int e = 0; e < 4; ++e)
-            lane(i)->c[e] += sums[i / 4 + e / 2 * 8][i % 4 * 2 + e % 2];
+          for (int e = 0; e < 4; ++e) lane(i)->c[e] += sums[i / 4 + e / 2 * 8][i % 4 * 2 + e % 2];
       },
       where);
 }

@@ -26,25 +26,26 @@ __global__ void __launch_bounds__(kLanes)
   float both = 0.0f;  // half of row tid / 2
   for (int64_t column = 0; column < p.values; column += kTile) {
     const int64_t values = p.values - column;
+    const Extent extent{chunk.steps, values, keys};
     const Source states = own(p, ws.states, chunk.chunk, head, p.keys, p.values, n, column);
     const Source gradients = own(p, ws.gradients, chunk.chunk, head, p.keys, p.values, n, column);
     __syncthreads();
     load_tile<kTile>(p.steps(d_out, chunk, head, column), chunk.steps, values, factor, x, kAlong);
     load_tile<kTile>(states, keys, values, nullptr, s, kAlong);
     __syncthreads();
-    add_product<kTile, false, true>(x, kAlong, s, kAlong, sy);
+    add_product<kTile, false, true>(x, kAlong, s, kAlong, sy, extent);
     if (p.delta) {
       __syncthreads();
       load_tile<kTile>(own(p, ws.d_errors, chunk.chunk, head, kQ, p.values, 0, column), chunk.steps,
                        values, w, x, kAlong);
       __syncthreads();
-      add_product<kTile, false, true>(x, kAlong, s, kAlong, sd);
+      add_product<kTile, false, true>(x, kAlong, s, kAlong, sd, extent);
     }
     __syncthreads();
     load_tile<kTile>(written(p, ws, chunk, head, column), chunk.steps, values, w, x, kAlong);
     load_tile<kTile>(gradients, keys, values, nullptr, s, kAlong);
     __syncthreads();
-    add_product<kTile, false, true>(x, kAlong, s, kAlong, gu);
+    add_product<kTile, false, true>(x, kAlong, s, kAlong, gu, extent);
     const int row = tid / 2, first = tid % 2 * (kTile / 2);
     for (int c = first; row < keys && c < first + kTile / 2 && c < values; ++c)
       both += states(row, c) * s[row * kAlong + c];
@@ -84,6 +85,7 @@ __global__ void __launch_bounds__(kLanes)
   load_tile<kTile>(p.steps(p.q, chunk, at.group, at.n), chunk.steps, at.keys, nullptr, q, kDown);
   load_tile<kTile>(p.steps(p.k, chunk, at.group, at.n), chunk.steps, at.keys, nullptr, k, kDown);
   Sums<kTile> dq = {}, dk = {};
+  const Extent extent{chunk.steps, chunk.steps, at.keys};
   const int tid = static_cast<int>(threadIdx.x);
   for (int64_t head = at.first_head; head < at.end_head; ++head) {
     decays.load(p, chunk, head);
@@ -104,8 +106,8 @@ __global__ void __launch_bounds__(kLanes)
       e[place] = i / kQ >= i % kQ ? m[place] * ws.dots[pairs + i] : 0.0f;
     }
     __syncthreads();
-    add_product<kTile, false, false>(e, kAlong, k, kDown, dq);
-    add_product<kTile, true, false>(e, kAlong, q, kDown, dk);
+    add_product<kTile, false, false>(e, kAlong, k, kDown, dq, extent);
+    add_product<kTile, true, false>(e, kAlong, q, kDown, dk, extent);
     if (!p.delta) continue;
     __syncthreads();
     for (int i = tid; i < kQ * kQ; i += kLanes) {  // F and its transpose are one symmetric matrix
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kLanes)
           row == column ? 0.0f : m[high * kAlong + low] * ws.dots_back[pairs + high * kQ + low];
     }
     __syncthreads();
-    add_product<kTile, false, false>(e, kAlong, k, kDown, dk);
+    add_product<kTile, false, false>(e, kAlong, k, kDown, dk, extent);
   }
   const auto store = [&](float (&sums)[kTile / 8][4], const Operand& whole, float* part) {
     each<kTile>(sums, [&](int i, int c, float& sum) {
@@ -158,8 +160,9 @@ __global__ void __launch_bounds__(kLanes)
     load_tile<kTile>(p.steps(p.q, chunk, group, n), chunk.steps, keys, nullptr, q, kAlong);
     load_tile<kTile>(p.steps(p.k, chunk, group, n), chunk.steps, keys, nullptr, k, kAlong);
     __syncthreads();
-    add_product<kQ, false, true>(q, kAlong, k, kAlong, kq);
-    if (p.delta) add_product<kQ, false, true>(k, kAlong, k, kAlong, kk);
+    add_product<kQ, false, true>(q, kAlong, k, kAlong, kq, {chunk.steps, keys, chunk.steps});
+    if (p.delta)
+      add_product<kQ, false, true>(k, kAlong, k, kAlong, kk, {chunk.steps, keys, chunk.steps});
     const int first = tid % 2 * (kTile / 2);
     for (int c = first; row < chunk.steps && c < first + kTile / 2 && c < keys; ++c) {
       const int64_t at = own + row * p.keys + n + c;

@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(kLanes) pairs_kernel(Problem p, Workspace ws) 
   float by_query[kKeyDecay ? kQ : 1] = {}, by_key[kKeyDecay ? kQ : 1] = {};
   Sums<kQ> kq = {}, kk = {};
   for (int64_t n = 0; n < p.keys; n += kTile) {
+    const Extent extent{chunk.steps, p.keys - n, chunk.steps};
     __syncthreads();
     load_tile<kTile>(p.steps(p.q, chunk, group, n), chunk.steps, p.keys - n, nullptr, q, kAlong);
     load_tile<kTile>(p.steps(p.k, chunk, group, n), chunk.steps, p.keys - n, nullptr, k, kAlong);
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(kLanes) pairs_kernel(Problem p, Workspace ws) 
       add_key_pairs(q, k, m, by_query);
       if (p.delta) add_key_pairs(k, k, m, by_key);
     } else {
-      add_product<kQ, false, true>(q, kAlong, k, kAlong, kq);
-      if (p.delta) add_product<kQ, false, true>(k, kAlong, k, kAlong, kk);
+      add_product<kQ, false, true>(q, kAlong, k, kAlong, kq, extent);
+      if (p.delta) add_product<kQ, false, true>(k, kAlong, k, kAlong, kk, extent);
     }
   }
   float* to = ws.pairs + place(p, chunk.chunk, head, kQ * kQ);

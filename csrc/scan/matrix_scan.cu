@@ -54,7 +54,7 @@ Workspace::Workspace(const Problem& p, bool backward, bool stored, void* memory)
   gu = take(backward, kQ * p.keys);
   sd = take(backward && p.delta, kQ * p.keys);
   both = take(backward, p.keys);
-  dd = take(backward && p.d.data, p.values);
+  dd = take(backward, p.values);
   dq = dk = nullptr;
   const int64_t pieces = pieces_of(p);
   if (!backward || pieces == 1) return;

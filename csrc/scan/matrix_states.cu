@@ -55,7 +55,8 @@ __global__ void __launch_bounds__(kLanes)
     __syncthreads();
     each<kTile>(state,
                 [&](int i, int, float& x) { x *= whole_decay(p, ws, chunk, head, n + i, decays); });
-    add_product<kTile, true, false>(rows, kDown, written, kDown, state);
+    add_product<kTile, true, false>(rows, kDown, written, kDown, state,
+                                    {keys, chunk.steps, values});
   }
   const Operand& end = walk.end;
   each<kTile>(state, [&](int i, int c, float& x) {
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kLanes)
 // e, and D in the place of Z = pairs^T y, go to memory: [chunk][h][step][p].
 // Limit: the chain from chunk to chunk of three (four) products and their loads.
 template <int kColumns, bool kBackward>
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kLanes, 3)
     walk_delta_kernel(Problem p, Workspace ws, StateWalk walk, int64_t value_tiles) {
   constexpr int kStep =
       kColumns == 8 ? 8 : kColumns + 8;  // free of bank conflicts down the columns
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(kLanes)
       __syncthreads();
       load_tile<kTile>(keys.x, chunk.steps, p.keys - n, keys.factor, rows, kAlong);
       __syncthreads();
-      add_product<kColumns, false, false>(rows, kAlong, state + n * kStep, kStep, read);
+      add_product<kColumns, false, false>(rows, kAlong, state + n * kStep, kStep, read,
+                                          {chunk.steps, p.keys - n, values});
     }
     __syncthreads();
 
@@ -144,8 +146,10 @@ __global__ void __launch_bounds__(kLanes)
                      kBackward ? kDown : kAlong);
     strange = __syncthreads_or(strange);
     Sums<kColumns> solved = {};
-    if constexpr (kBackward) add_product<kColumns, true, false>(rows, kDown, x, kStep, solved);
-    else add_lower<kColumns>(rows, kAlong, x, kStep, strange, solved);
+    const Extent pairs{chunk.steps, chunk.steps, values};
+    if constexpr (kBackward)
+      add_product<kColumns, true, false>(rows, kDown, x, kStep, solved, pairs);
+    else add_lower<kColumns>(rows, kAlong, x, kStep, strange, solved, pairs);
     __syncthreads();
     float* const errors =
         (kBackward ? ws.d_errors : ws.errors) + place(p, chunk.chunk, head, kQ * p.values) + column;
@@ -165,7 +169,8 @@ __global__ void __launch_bounds__(kLanes)
       each<kColumns>(sums, [&](int i, int c, float& sum) {
         sum = state[(n + i) * kStep + c] * whole_decay(p, ws, chunk, head, n + i, decays);
       });
-      add_product<kColumns, true, false>(rows, kDown, x, kStep, sums);
+      add_product<kColumns, true, false>(rows, kDown, x, kStep, sums,
+                                         {p.keys - n, chunk.steps, values});
       each<kColumns>(sums, [&](int i, int c, float& sum) { state[(n + i) * kStep + c] = sum; });
     }
     if constexpr (kBackward) {
@@ -179,7 +184,8 @@ __global__ void __launch_bounds__(kLanes)
         __syncthreads();
         Sums<kColumns> sums;
         each<kColumns>(sums, [&](int i, int c, float& sum) { sum = state[(n + i) * kStep + c]; });
-        add_product<kColumns, true, false>(rows, kDown, x, kStep, sums);
+        add_product<kColumns, true, false>(rows, kDown, x, kStep, sums,
+                                           {p.keys - n, chunk.steps, values});
         each<kColumns>(sums, [&](int i, int c, float& sum) { state[(n + i) * kStep + c] = sum; });
       }
     }

@@ -136,13 +136,21 @@ __device__ inline Parts parts_of(float x) {
   return {high, bits == high ? 0 : __float_as_uint(x - __uint_as_float(high))};
 }
 
-// sums += a b, of a (64, inner) and b (inner, kColumns); `inner` is a multiple of 8. A tile lies as
-// it is written here, [row][step], or as its transpose.
-template <int kColumns, bool kTransposedA, bool kTransposedB>
+// The part of a product that is not zeros: all up to 64, or the most that there may be.
+struct Extent {
+  int64_t rows, inner, columns;
+};
+
+// sums += a b, of a (64, 64) and b (64, kColumns). A tile lies as it is written here, [row][step], or
+// as its transpose. `kFinite`: numbers of b that are not finite count as zeros.
+template <int kColumns, bool kTransposedA, bool kTransposedB, bool kFinite = false>
 __device__ inline void add_product(const float* a, int a_step, const float* b, int b_step,
-                                   float (&sums)[kColumns / 8][4], int inner = kTile) {
+                                   float (&sums)[kColumns / 8][4], const Extent& extent) {
   const int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
-  const int row = static_cast<int>(threadIdx.x) / 32 * kWarpRows + g;
+  const int first = static_cast<int>(threadIdx.x) / 32 * kWarpRows, row = first + g;
+  const int inner = static_cast<int>(min(extent.inner, int64_t{kTile}));
+  const int columns = static_cast<int>(min(extent.columns, int64_t{kColumns}));
+  if (first >= extent.rows) return;
 #pragma unroll 2
   for (int k = 0; k < inner; k += 8) {
     uint32_t high[4], low[4];
@@ -154,11 +162,14 @@ __device__ inline void add_product(const float* a, int a_step, const float* b, i
     }
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
+      if (n * 8 >= columns) continue;
       uint32_t b_high[2], b_low[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int i = k + t + e * 4, j = n * 8 + g;
-        const Parts x = parts_of(kTransposedB ? b[j * b_step + i] : b[i * b_step + j]);
+        float y = kTransposedB ? b[j * b_step + i] : b[i * b_step + j];
+        if (kFinite && !is_finite(y)) y = 0.0f;
+        const Parts x = parts_of(y);
         b_high[e] = x.high, b_low[e] = x.low;
       }
       mma_tf32(sums[n], low, b_high);
@@ -169,13 +180,17 @@ __device__ inline void add_product(const float* a, int a_step, const float* b, i
 }
 
 // sums += a b, of a lower triangle a (64, 64), zeros above it. Where b is `strange`, holds numbers
-// that are not finite, the zeros are left out: nothing reaches an earlier row.
+// that are not finite, these do not meet the zeros: they reach no earlier row, whose bits they leave
+// as they are.
 template <int kColumns>
 __device__ inline void add_lower(const float* a, int a_step, const float* b, int b_step,
-                                 bool strange, float (&sums)[kColumns / 8][4]) {
-  if (!strange) return add_product<kColumns, false, false>(a, a_step, b, b_step, sums);
+                                 bool strange, float (&sums)[kColumns / 8][4],
+                                 const Extent& extent) {
+  if (!strange) return add_product<kColumns, false, false>(a, a_step, b, b_step, sums, extent);
+  add_product<kColumns, false, false, true>(a, a_step, b, b_step, sums, extent);
   each<kColumns>(sums, [&](int i, int c, float& sum) {
-    for (int j = 0; j <= i; ++j) sum += a[i * a_step + j] * b[j * b_step + c];
+    for (int j = 0; j <= i; ++j)
+      if (!is_finite(b[j * b_step + c])) sum += a[i * a_step + j] * b[j * b_step + c];
   });
 }
 

@@ -31,7 +31,8 @@ __device__ void add_states(const Problem& p, const Chunk& chunk, int64_t head, i
     load_tile<kTile>(own(p, states, chunk.chunk, head, p.keys, p.values, n, column), p.keys - n,
                      p.values - column, nullptr, s, kDown);
     __syncthreads();
-    add_product<kTile, false, false>(x, kAlong, s, kDown, sums);
+    add_product<kTile, false, false>(x, kAlong, s, kDown, sums,
+                                     {chunk.steps, p.keys - n, p.values - column});
   }
   __syncthreads();
 }
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kLanes)
                    kAlong);
   const bool strange = load_tile<kTile>(written(p, ws, chunk, at.head, at.column), chunk.steps,
                                         at.values, w, s, kDown);
-  add_lower<kTile>(x, kAlong, s, kDown, __syncthreads_or(strange), sums);
+  add_lower<kTile>(x, kAlong, s, kDown, __syncthreads_or(strange), sums,
+                   {chunk.steps, chunk.steps, at.values});
   const Source v = p.steps(p.v, chunk, at.head, at.column);
   const Target to = p.steps_to(out, chunk, at.head, at.column);
   each<kTile>(sums, [&](int i, int c, float& sum) {
@@ -102,7 +104,8 @@ __global__ void __launch_bounds__(kLanes)
   strange = __syncthreads_or(strange);
   const int64_t to = place(p, chunk.chunk, at.head, kQ * p.values) + at.column;
   Sums<kTile> e = {};
-  add_lower<kTile>(x, kAlong, s, kDown, strange, e);
+  const Extent extent{chunk.steps, chunk.steps, at.values};
+  add_lower<kTile>(x, kAlong, s, kDown, strange, e, extent);
   each<kTile>(e, [&](int i, int c, float& sum) {
     if (i < chunk.steps && c < at.values) ws.errors[to + i * p.values + c] = sum;
   });
@@ -112,7 +115,7 @@ __global__ void __launch_bounds__(kLanes)
                    kDown);
   __syncthreads();
   Sums<kTile> z = {};
-  add_product<kTile, true, false>(x, kDown, s, kDown, z);
+  add_product<kTile, true, false>(x, kDown, s, kDown, z, extent);
   each<kTile>(z, [&](int i, int c, float& sum) {
     if (i < chunk.steps && c < at.values) ws.d_errors[to + i * p.values + c] = sum;
   });
@@ -167,9 +170,10 @@ __global__ void __launch_bounds__(kLanes)
     load_tile<kTile>(d_out, chunk.steps, values, factor, y, kAlong);
     load_tile<kTile>(from, chunk.steps, values, w, u, kAlong);
     __syncthreads();
-    if (p.delta) add_product<kQ, false, true>(x, kAlong, u, kAlong, dots_back);
-    else add_product<kTile, true, false>(x, kDown, y, kAlong, d);
-    add_product<kQ, false, true>(y, kAlong, u, kAlong, dots);
+    const Extent pairs{chunk.steps, values, chunk.steps}, back{chunk.steps, chunk.steps, values};
+    if (p.delta) add_product<kQ, false, true>(x, kAlong, u, kAlong, dots_back, pairs);
+    else add_product<kTile, true, false>(x, kDown, y, kAlong, d, back);
+    add_product<kQ, false, true>(y, kAlong, u, kAlong, dots, pairs);
 
     const Target dv = p.steps_to(g.dv, chunk, head, column);
     each<kTile>(d, [&](int i, int c, float& sum) {

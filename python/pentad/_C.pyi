@@ -443,6 +443,19 @@ def wavefront_backward(
     dC: Array | None,
     dD: Array | None,
 ) -> None: ...
+def matrix_scan_scratch(
+    batch: int,
+    length: int,
+    heads: int,
+    groups: int,
+    keys: int,
+    values: int,
+    sequences: int,
+    delta: bool,
+    key_decay: bool,
+    backward: bool,
+    stored: bool,
+) -> int: ...
 def matrix_scan_forward(
     q: Array,
     k: Array,
@@ -458,6 +471,8 @@ def matrix_scan_forward(
     out: Array,
     last: Array | None,
     stored: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def matrix_scan_backward(
     d_out: Array | None,
@@ -481,6 +496,8 @@ def matrix_scan_backward(
     dw: Array | None,
     dd: Array | None,
     dinitial: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def pq_assign(
     x: Array, codebooks: Array, metric: str, codes: Array, distances: Array | None
@@ -506,6 +523,7 @@ def matrix_update(
     scale: float,
     rows: Array | None,
     out: Array,
+    stream: int = 0,
 ) -> None: ...
 def pq_lookup(
     codes: Array,

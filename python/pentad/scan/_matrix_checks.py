@@ -3,7 +3,7 @@
 
 from pentad.scan._checks import (
     accumulator,
-    check_devices,
+    check_cuda_devices,
     check_dtype,
     check_rank,
     check_rows,
@@ -22,7 +22,7 @@ def check_inputs(op, q, k, v, *, names=("q", "k", "v"), steps=True, **others):
     check_tensor(op, v_name, v)
     rank = 4 if steps else 3
     check_rank(op, v_name, v, rank, f"({letters}H, P)")
-    check_devices(op, (v_name, v), **{q_name: q, k_name: k}, **others)
+    check_cuda_devices(op, (v_name, v), **{q_name: q, k_name: k}, **others)
     for name, tensor in ((k_name, k), (q_name, q)):
         check_tensor(op, name, tensor)
         check_dtype(op, name, tensor, v.dtype, v_name)

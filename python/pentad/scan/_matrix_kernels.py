@@ -7,6 +7,7 @@ As `pentad.scan._kernels`, which has the others.
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device
 from pentad.scan._checks import accumulator
 
 CHUNK = _C.matrix_chunk  # steps between stored states
@@ -38,15 +39,28 @@ def empty_scan(v, q, cu_seqlens, wide, want_last, store):
     )
 
 
+def _device_arguments(q, v, a, cu_seqlens, delta, *, backward=False, stored=True):
+    """What a CUDA kernel takes on top: scratch memory and the stream; nothing for the CPU's."""
+    (batch, length, heads, values), (groups, keys) = v.shape, q.shape[2:]
+    sequences = -1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    key_decay = a is not None and a.ndim == v.ndim
+    return on_device(
+        v, _C.matrix_scan_scratch, batch, length, heads, groups, keys, values, sequences, delta,
+        key_decay, backward, stored,
+    )  # fmt: skip
+
+
 def scan_forward(
     op, q, k, v, a, w, d, initial, cu_seqlens, delta, reverse, scale, wide, want_last, store
 ):
     out, last, stored = empty_scan(v, q, cu_seqlens, wide, want_last, store)
+    store = store and v.dtype != torch.float64
     try:
         _C.matrix_scan_forward(
             q, k, v, a, w, d, initial, cu_seqlens, delta, reverse, scale, out,
             last if want_last else None,
-            stored if store and v.dtype != torch.float64 else None,
+            stored if store else None,
+            *_device_arguments(q, v, a, cu_seqlens, delta, stored=store),
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise _renamed(op, error) from None
@@ -66,6 +80,7 @@ def scan_backward(
     _C.matrix_scan_backward(
         d_out, d_last, None if v.dtype == torch.float64 else stored, q, k, v, a, w, d, initial,
         cu_seqlens, delta, reverse, scale, *grads,
+        *_device_arguments(q, v, a, cu_seqlens, delta, backward=True),
     )  # fmt: skip
     return [grad for grad in grads if grad is not None]
 
@@ -73,7 +88,7 @@ def scan_backward(
 def update(op, state, q, k, v, a, w, delta, scale, rows):
     out = torch.empty_like(v)
     try:
-        _C.matrix_update(state, q, k, v, a, w, None, delta, scale, rows, out)
+        _C.matrix_update(state, q, k, v, a, w, None, delta, scale, rows, out, *on_device(v))
     except (TypeError, ValueError) as error:
         raise _renamed(op, error) from None
     torch.autograd.graph.increment_version(state)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The delta rule: a linear attention that overwrites what its keys are associated with."""
 
-import torch
-
 from pentad.scan._checks import (
     accumulator,
+    autocasts,
     check_cu_seqlens,
     check_number,
     parameter,
@@ -91,7 +90,7 @@ def delta_rule(
             [7.]])
     """
     op = "delta_rule"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(v):
         q, k, v = promoted(q, k, v)
     check_inputs(
         op, q, k, v, beta=beta, decay=decay, initial_state=initial_state, cu_seqlens=cu_seqlens

@@ -7,8 +7,9 @@ from torch.nn.functional import normalize as unit_length
 
 from pentad.scan._checks import (
     accumulator,
+    autocasts,
     check_cu_seqlens,
-    check_devices,
+    check_cuda_devices,
     check_dtype,
     check_number,
     check_shape,
@@ -119,7 +120,7 @@ def linear_attention(
     tensor([4.0000, 3.0000, 4.0000])
     """
     op = "linear_attention"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(v):
         q, k, v, prefix_k, prefix_v = promoted(q, k, v, prefix_k, prefix_v)
     phi = feature_map_of(op, feature_map)
     check_inputs(
@@ -194,7 +195,7 @@ def _prefix(op, k, v, like_k, like_v, sequences):
         check_dtype(op, name, tensor, like_v.dtype, "v")
         length = k.shape[1] if k is not None and k.ndim == 4 else 0
         check_shape(op, name, tensor, (sequences, length, *like.shape[2:]))
-    check_devices(op, ("prefix_k", k), prefix_v=v)
+    check_cuda_devices(op, ("prefix_k", k), prefix_v=v)
     return k, v
 
 
@@ -216,7 +217,7 @@ def feature_map_of(op, feature_map):
     def phi(x):
         result = feature_map(x)
         check_tensor(op, "feature_map(x)", result)
-        check_devices(op, ("q", x), **{"feature_map(x)": result})
+        check_cuda_devices(op, ("q", x), **{"feature_map(x)": result})
         check_shape(op, "feature_map(x)", result, (*x.shape[:-1], *result.shape[-1:]))
         return result.to(x.dtype)
 

@@ -5,7 +5,7 @@ import torch
 
 from pentad._ops import define, direct, needs_grad, quick_apply, spread
 from pentad.scan import _matrix_kernels as kernels
-from pentad.scan._checks import check_devices
+from pentad.scan._checks import check_cuda_devices
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? a, Tensor? w, Tensor? d, Tensor? initial, "
@@ -25,7 +25,9 @@ def _fake_backward(d_out, d_last, stored, *arguments):
 
 def _fake_update(op, state, q, k, v, a, w, delta, scale, rows):
     """The steps run without a look at devices: one meta tensor among others leads here."""
-    check_devices(op, ("v", v), state=state, q=q, k=k, decay=a, beta=w, state_batch_indices=rows)
+    check_cuda_devices(
+        op, ("v", v), state=state, q=q, k=k, decay=a, beta=w, state_batch_indices=rows
+    )
     return torch.empty_like(v)
 
 
@@ -34,18 +36,21 @@ scan_forward = define(
     " -> (Tensor, Tensor, Tensor)",
     kernels.scan_forward,
     _fake_forward,
+    cuda=True,
 )
 scan_backward = define(
     f"matrix_scan_backward(Tensor d_out, Tensor? d_last, Tensor stored, {_INPUTS}, bool[] wanted)"
     " -> Tensor[]",
     kernels.scan_backward,
     _fake_backward,
+    cuda=True,
 )
 _update = define(
     "matrix_update(str op, Tensor(a!) state, Tensor q, Tensor k, Tensor v, Tensor? a, Tensor? w, "
     "bool delta, float scale, Tensor? rows) -> Tensor",
     kernels.update,
     _fake_update,
+    cuda=True,
 )
 
 

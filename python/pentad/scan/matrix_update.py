@@ -4,7 +4,13 @@
 import torch
 
 from pentad.scan import matrix_autograd
-from pentad.scan._checks import accumulator, check_number, parameter, promoted
+from pentad.scan._checks import (
+    accumulator,
+    autocasts,
+    check_number,
+    parameter,
+    promoted,
+)
 from pentad.scan._matrix_checks import check_inputs, check_sizes, check_step, factors
 from pentad.scan.linear_attention import feature_map_of, normalized, prepared
 from pentad.scan.update import _by_gradient, _gathered, _scatter, _without_padding
@@ -76,7 +82,7 @@ def linear_attention_update(
     tensor([[[12.]]])
     """
     op = "linear_attention_update"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(v):
         q, k, v = promoted(q, k, v)
     phi = feature_map_of(op, feature_map)
     if phi is None and not normalize:
@@ -155,7 +161,7 @@ def delta_rule_update(
     tensor([[[6.]]])
     """
     op = "delta_rule_update"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(v):
         q, k, v = promoted(q, k, v)
     if not isinstance(beta, torch.Tensor):
         raise TypeError(f"[{op}] beta is {type(beta).__name__}, expected a torch tensor")

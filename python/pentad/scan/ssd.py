@@ -9,6 +9,7 @@ from torch.nn.functional import silu, softplus
 
 from pentad.scan._checks import (
     accumulator,
+    autocasts,
     check_cu_seqlens,
     check_dtype,
     check_integers,
@@ -120,7 +121,7 @@ def ssd(
     tensor([1.9375, 1.9688, 1.9844, 1.9922])
     """
     op = "ssd"
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(x):
         x, z, B, C = promoted(x, z, B, C)
     _check_chunk_size(op, chunk_size)
     check_inputs(

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from pentad._ops import needs_grad
 from pentad.scan._checks import (
     accumulator,
-    check_devices,
+    autocasts,
+    check_cuda_devices,
     check_dtype,
     check_integers,
     check_rank,
@@ -119,7 +120,7 @@ def ssd_attention_matrix(
         )
     if reduce is None and x is not None:
         raise ValueError(f"[{op}] x cannot be used with reduce=None")
-    if torch.is_autocast_enabled("cpu"):
+    if autocasts(B):
         x, B, C = promoted(x, B, C)
     heads = _check(op, dt, A, B, C, x, D, dt_bias, seq_idx)
     (batch, length), dtype = B.shape[:2], B.dtype
@@ -174,7 +175,7 @@ def _check(op, dt, A, B, C, x, D, dt_bias, seq_idx):
     """All but the small operands; the number of heads."""
     check_tensor(op, "B", B)
     check_rank(op, "B", B, 4, "(B, L, G, N)")
-    check_devices(op, ("B", B), dt=dt, A=A, C=C, x=x, D=D, dt_bias=dt_bias, seq_idx=seq_idx)
+    check_cuda_devices(op, ("B", B), dt=dt, A=A, C=C, x=x, D=D, dt_bias=dt_bias, seq_idx=seq_idx)
     check_tensor(op, "C", C)
     check_dtype(op, "C", C, B.dtype, "B")
     check_shape(op, "C", C, tuple(B.shape))
