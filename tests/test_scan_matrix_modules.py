@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from cases import cpu_kernels_only
 
 import pentad
 
@@ -452,6 +453,7 @@ def test_a_compiled_step_changes_the_states(name):
             torch.testing.assert_close(got, want)
 
 
+@cpu_kernels_only  # roundings decide the course of a training, and this one is close to its bound
 @one_of_each
 def test_it_learns(name):
     """To repeat its input of five steps before, which is out of a convolution's reach."""

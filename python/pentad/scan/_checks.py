@@ -94,11 +94,8 @@ def check_cuda_devices(op, first, **others):
 
 
 def autocasts(tensor):
-    """Whether autocast is on where `tensor` is; a tensor without a device counts as the CPU's."""
-    device = getattr(tensor, "device", None)
-    return torch.is_autocast_enabled(
-        "cuda" if device is not None and device.type == "cuda" else "cpu"
-    )
+    """Whether autocast is on where `tensor` is; what is no tensor counts as the CPU's."""
+    return torch.is_autocast_enabled("cuda" if getattr(tensor, "is_cuda", False) else "cpu")
 
 
 def check_integers(op, name, tensor, shape, dtypes=_INTEGERS):
