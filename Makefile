@@ -102,13 +102,14 @@ test-aarch64: $(TOOLS)
 CUDA_HOST := build/cuda-host
 CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py \
   tests/test_attention_decode.py \
-  tests/test_scan_recurrence.py \
+  tests/test_scan_recurrence.py tests/test_scan_matrix_errors.py \
   $(addprefix tests/test_sparse_,splade.py score.py topk.py multi.py) \
   $(addprefix tests/test_pq_,lookup.py adc.py assign.py codes.py quantize.py on_devices.py)
 # Of these, thousands of combinations of options, one in forty.
 CUDA_HOST_SAMPLED := $(addprefix tests/test_attention,.py _api.py _block_mask.py _extension.py \
   _options.py _sdpa.py _strides.py) \
-  $(addprefix tests/test_scan_,conv.py selective.py)
+  $(addprefix tests/test_scan_,conv.py selective.py ssd.py linear_attention.py delta_rule.py \
+  matrix_api.py matrix_modules.py)
 test-cuda-host: $(DEPENDENCIES)
 	@if ! [ -e $(CUDA_HOST)/bin/python ]; then \
 	  $(BIN)/python -m venv --without-pip $(CUDA_HOST) && \
@@ -172,6 +173,7 @@ bench-gpu: install
 	$(BIN)/python bench/gpu_pq.py
 	$(BIN)/python bench/gpu_decode.py
 	$(BIN)/python bench/gpu_sparse.py
+	$(BIN)/python bench/gpu_matrix_scan.py
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
 wheel: $(TOOLS)
