@@ -174,6 +174,7 @@ bench-gpu: install
 	$(BIN)/python bench/gpu_decode.py
 	$(BIN)/python bench/gpu_sparse.py
 	$(BIN)/python bench/gpu_matrix_scan.py
+	$(BIN)/python bench/gpu_scan.py
 
 # A wheel that auditwheel accepts, and the proof that it imports beside nothing but numpy.
 wheel: $(TOOLS)
