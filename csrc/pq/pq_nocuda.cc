@@ -3,6 +3,7 @@
 #include "pq/assign_cuda.h"
 #include "pq/codes_cuda.h"
 #include "pq/lookup_cuda.h"
+#include "pq/product_keys_cuda.h"
 
 namespace pentad::pq::cuda {
 namespace {
@@ -39,6 +40,19 @@ void table_sum(const CudaStream&, const float*, int64_t, int64_t, const Codes&, 
 int64_t table_sum_backward_scratch(int64_t, int64_t, int64_t, int64_t) { missing(); }
 void table_sum_backward(const CudaStream&, const float*, int64_t, int64_t, int64_t, int64_t,
                         const Codes&, float*, void*) {
+  missing();
+}
+
+int64_t product_keys_scratch(int64_t, int64_t, int64_t, int64_t) { missing(); }
+void product_keys(const CudaStream&, const ProductKeys&, const ProductKeysOut&, void*) {
+  missing();
+}
+int64_t product_keys_backward_scratch(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                      int64_t) {
+  missing();
+}
+void product_keys_backward(const CudaStream&, const ProductKeys&, const ProductKeysGrad&,
+                           const int64_t*, int64_t, void*) {
   missing();
 }
 
