@@ -102,6 +102,43 @@ def score(nq, n, vocab):
     )
 
 
+def search(nq, n, vocab, k):
+    import torch
+
+    rng = np.random.default_rng(0)
+    queries, docs = rows(rng, nq, 40, vocab), rows(rng, n, 120, vocab)
+    index = S.SparseIndex(vocab)
+    index.add(tuple(x.cpu().numpy() for x in docs))
+    want = index.search(tuple(x.cpu().numpy() for x in queries), k)
+    there = index.to("cuda")
+    d = torch.sparse_csr_tensor(*docs, (n, vocab), check_invariants=False)
+    q = torch.sparse_csr_tensor(*queries, (nq, vocab), check_invariants=False)
+
+    def exact(found):
+        return np.array_equal(found[0].cpu(), want.scores) and np.array_equal(
+            found[1].cpu(), want.ids
+        )
+
+    def near(found):
+        return np.allclose(found[0].cpu(), want.scores, rtol=1e-4)
+
+    def torch_topk():
+        dense = q.to_dense().T.contiguous()
+        return lambda: torch.topk((d @ dense).T, k), near
+
+    return compare(
+        f"top {k}, {nq} queries, {n} documents",
+        "search_windows",
+        {
+            "pentad": lambda: (lambda: there.search((*queries, vocab), k), exact),
+            "torch": torch_topk,
+        },
+        amount=len(docs[1]) * 6,
+        unit="B",
+        ceiling=copy_bandwidth(),
+    )
+
+
 def topk_sparsify(n, d, k):
     import torch
 
@@ -134,6 +171,8 @@ def cases():
         splade_head(8, 512, 768, 250002, False),
         score(256, 4096, 30522),
         score(32, 100_000, 30522),
+        search(1, 1_000_000, 30522, 10),
+        search(256, 1_000_000, 30522, 10),
         topk_sparsify(4096, 16384, 64),
     ]
 

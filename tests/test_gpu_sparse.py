@@ -5,6 +5,7 @@ import functools
 
 import pytest
 from gpu import (
+    assert_equal,
     check_captured,
     check_gradients,
     check_mixed_devices,
@@ -156,3 +157,21 @@ def test_same_results_topk(rng, dtype, absolute, n, d, k):
         check_results(chosen, (x,), rtol=0, atol=0)
         check_results(chosen, (x.T.contiguous().T,), rtol=0, atol=0)
         check_gradients(chosen, (x,), rtol=0, atol=0)
+
+
+# --- Search ---------------------------------------------------------------------------------------
+
+
+def test_same_results_search(rng):
+    index = S.SparseIndex(200)
+    indptr, terms, values = rows(rng, 9000)
+    index.add((indptr, terms, values.abs()))
+    queries = rows(rng, 6)
+    keep = rng.random(9000) < 0.5
+    there = index.to("cuda")
+    for k in (1, 30, 2000):
+        for chosen in (None, keep):
+            got = there.search(on_gpu(queries), k, filter=chosen)
+            assert_equal(got, index.search(queries, k, filter=chosen), rtol=0, atol=0)
+    with pytest.raises(pentad.DeviceError):
+        there.search(queries, 3)

@@ -6,6 +6,7 @@
 #include "bindings/tensor_caster.h"
 #include "bindings/writes.h"
 #include "sparse/score_cuda.h"
+#include "sparse/search_cuda.h"
 
 namespace py = pybind11;
 
@@ -120,9 +121,49 @@ void py_pairs_backward(const TensorView& d_out, const TensorView& indptr, const 
                              static_cast<const float*>(d_out.data), static_cast<float*>(out.data));
 }
 
+void py_search(const TensorView& windows, const TensorView& list_terms, const TensorView& starts,
+               const TensorView& places, const TensorView& values, int64_t documents,
+               const TensorView& q_indptr, const TensorView& q_indices, const TensorView& q_values,
+               const Optional& mask, const TensorView& scores, const TensorView& ids,
+               const Optional& scratch, uintptr_t stream) {
+  const Device on = cuda_device(values);
+  const Rows<float> queries = rows_of(q_indptr, q_indices, q_values, on);
+  if (documents < 0 || documents > cuda::kMostDocuments)
+    bad_value(kOp, "there are " + std::to_string(documents) + " documents");
+  const int64_t count = (documents + cuda::kWindowRows - 1) / cuda::kWindowRows;
+  expect_vector(windows, "windows", DType::i64, count + 1, on);
+  expect_vector(list_terms, "list_terms", DType::i32, -1, on);
+  expect_vector(starts, "starts", DType::i64, list_terms.shape[0] + 1, on);
+  expect_vector(places, "places", DType::i16, -1, on);
+  expect_vector(values, "values", DType::f32, places.shape[0], on);
+  if (mask) expect_vector(*mask, "mask", DType::boolean, documents, on);
+  const int64_t k = scores.rank == 2 ? scores.shape[1] : 0;
+  if (k > cuda::kMostHits)
+    bad_value(kOp, "k is " + std::to_string(k) + ", a device takes at most " +
+                       std::to_string(cuda::kMostHits));
+  expect_output(scores, kOp, "scores", DType::f32, {queries.rows, k}, on);
+  expect_output(ids, kOp, "ids", DType::i64, {queries.rows, k}, on);
+  const cuda::Inverted docs{documents,
+                            list_terms.shape[0],
+                            places.shape[0],
+                            static_cast<const int64_t*>(windows.data),
+                            static_cast<const int32_t*>(list_terms.data),
+                            static_cast<const int64_t*>(starts.data),
+                            static_cast<const int16_t*>(places.data),
+                            static_cast<const float*>(values.data),
+                            mask ? static_cast<const uint8_t*>(mask->data) : nullptr};
+  const int64_t bytes = cuda::search_scratch(queries.rows, documents, k);
+  cuda::search(stream_of(on, stream), docs, queries, k, static_cast<float*>(scores.data),
+               static_cast<int64_t*>(ids.data), scratch_of(scratch, kOp, bytes, on));
+}
+
 }  // namespace
 
 void bind_sparse_score_cuda(py::module_& m) {
+  m.attr("sparse_device_window") = cuda::kWindowRows;
+  m.attr("sparse_device_most_hits") = cuda::kMostHits;
+  m.def("sparse_search_scratch", &cuda::search_scratch);
+  m.def("sparse_search_cuda", &py_search);
   m.def("sparse_score_scratch", &cuda::score_scratch);
   m.def("sparse_score_cuda", &py_score);
   m.def("sparse_score_backward_scratch", &cuda::score_backward_scratch);

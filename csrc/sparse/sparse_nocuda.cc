@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // In place of the *.cu files of this folder where no CUDA compiler was found.
 #include "sparse/score_cuda.h"
+#include "sparse/search_cuda.h"
 #include "sparse/splade_cuda.h"
 
 namespace pentad::sparse::cuda {
@@ -31,6 +32,11 @@ void score_pairs(const CudaStream&, const Rows<float>&, const Rows<float>&, cons
 }
 void score_pairs_backward(const CudaStream&, const Rows<float>&, const Rows<float>&,
                           const PairsOfRows&, const float*, float*) {
+  missing();
+}
+int64_t search_scratch(int64_t, int64_t, int64_t) { missing(); }
+void search(const CudaStream&, const Inverted&, const Rows<float>&, int64_t, float*, int64_t*,
+            void*) {
   missing();
 }
 void select_topk(const CudaStream&, const FloatRows&, int64_t, bool, void*, DType, void*, void*) {

@@ -9,6 +9,7 @@
 #include "check.h"
 #include "orders.h"
 #include "sparse/score_cuda.h"
+#include "sparse/search_cuda.h"
 #include "sparse/splade_cuda.h"
 #include "splade_case.h"
 
@@ -209,6 +210,54 @@ void pairs_of(const Sample& q, const Sample& d, int64_t count) {
       CHECK(std::abs(grads[side][i] - expected[side][i]) < 1e-5, side, i);
 }
 
+// --- Search --------------------------------------------------------------------------------------
+
+// Against a sort of the scores, with few distinct values so that there are ties.
+void searches(Sample docs, Sample q, int64_t k, bool masked) {
+  for (float& v : docs.values) v = static_cast<float>(generator() % 3);
+  for (float& v : q.values) v = static_cast<float>(generator() % 3) - 1;
+  std::vector<int64_t> windows{0}, starts{0};
+  std::vector<int32_t> terms;
+  std::vector<int16_t> places;
+  std::vector<float> values;
+  for (int64_t first = 0; first < docs.rows; first += cuda::kWindowRows) {
+    const int64_t last = std::min(first + cuda::kWindowRows, docs.rows);
+    for (int32_t term = 0; term < docs.columns; ++term) {
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t e = docs.indptr[i]; e < docs.indptr[i + 1]; ++e)
+          if (docs.indices[e] == term)
+            places.push_back(static_cast<int16_t>(i - first)), values.push_back(docs.values[e]);
+      if (static_cast<int64_t>(places.size()) == starts.back()) continue;
+      terms.push_back(term), starts.push_back(static_cast<int64_t>(places.size()));
+    }
+    windows.push_back(static_cast<int64_t>(terms.size()));
+  }
+  std::vector<uint8_t> mask(docs.rows);
+  for (uint8_t& m : mask) m = generator() % 2;
+  std::vector<float> all(q.rows * docs.rows), scores(q.rows * k);
+  std::vector<int64_t> ids(q.rows * k);
+  auto scratch = room(cuda::search_scratch(q.rows, docs.rows, k));
+  cuda::search(stream,
+               {docs.rows, static_cast<int64_t>(terms.size()), static_cast<int64_t>(places.size()),
+                windows.data(), terms.data(), starts.data(), places.data(), values.data(),
+                masked ? mask.data() : nullptr},
+               q.view(), k, scores.data(), ids.data(), scratch.data());
+  score(q.view(), docs.view(), all.data());
+  for (int64_t b = 0; b < q.rows; ++b) {
+    std::vector<int64_t> order;
+    for (int64_t i = 0; i < docs.rows; ++i)
+      if (!masked || mask[i]) order.push_back(i);
+    const float* row = all.data() + b * docs.rows;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t x, int64_t y) { return row[x] > row[y]; });
+    for (int64_t r = 0; r < k; ++r) {
+      const bool exists = r < static_cast<int64_t>(order.size());
+      CHECK(ids[b * k + r] == (exists ? order[r] : -1), docs.rows, b, r);
+      CHECK(scores[b * k + r] == (exists ? row[order[r]] : -INFINITY), docs.rows, b, r);
+    }
+  }
+}
+
 // --- The largest of each row -----------------------------------------------------------------------
 
 void largest(DType dtype, int64_t n, int64_t d, int64_t k, bool absolute, bool turned) {
@@ -246,6 +295,10 @@ int main() {
     scores(Sample(4, 7, 3), Sample(0, 7, 5));
     pairs_of(Sample(5, 200, 90), Sample(6, 200, 180), 37);
     pairs_of(Sample(5, 20, 9), Sample(6, 20, 18), 0);
+    searches(Sample(0, 5, 3), Sample(2, 5, 3), 4, false);
+    searches(Sample(700, 30, 12), Sample(3, 30, 9), 10, true);
+    searches(Sample(300, 400, 60), Sample(1, 400, 390), 400, false);
+    searches(Sample(8500, 10, 3), Sample(2, 10, 5), 30, false);
     for (DType dtype : {DType::f32, DType::f16, DType::bf16})
       for (bool absolute : {false, true}) {
         largest(dtype, 3, 1, 1, absolute, false);

@@ -6,7 +6,7 @@ import numpy as np
 from pentad._arrays import is_numpy, like
 from pentad._checks import FLOATS, check_dtype
 from pentad.pq.lookup import INTEGERS, lookup
-from pentad.sparse._csr import rows_and_values
+from pentad.sparse._csr import parts_of, rows_and_values
 
 
 def sparse_decode(codes, dictionary, bias=None):
@@ -51,7 +51,7 @@ def sparse_decode(codes, dictionary, bias=None):
     array([[5., 3.]])
     """
     op = "sparse.sparse_decode"
-    is_numpy(op, dictionary=dictionary, bias=bias, optional=("bias",))
+    is_numpy(op, dictionary=dictionary, bias=bias, optional=("bias",), cuda=True)
     check_dtype(op, "dictionary", dictionary, FLOATS)
     if dictionary.ndim != 2:
         raise ValueError(f"[{op}] dictionary has shape {tuple(dictionary.shape)}, expected (V, d)")
@@ -67,6 +67,10 @@ def sparse_decode(codes, dictionary, bias=None):
     if isinstance(codes, tuple) and len(codes) > 2 and _is_traced(codes[2]):
         # The kernel checks them when they are at hand, and sums duplicates like others.
         return decode_rows(*codes[:3], dictionary, bias)
+    if getattr(dictionary, "is_cuda", False):
+        parts = parts_of(op, "codes", codes)
+        is_numpy(op, codes=parts.values, dictionary=dictionary, cuda=True)
+        return decode_rows(*parts[:3], dictionary, bias)
     rows, values = rows_and_values(op, "codes", codes, vocab=dictionary.shape[0])
     is_numpy(op, codes=values, dictionary=dictionary)
     indptr, indices = like(values, rows.indptr), like(values, rows.indices)
@@ -96,7 +100,7 @@ def decode_rows(indptr, indices, values, dictionary, bias=None):
 
 
 def _pair(op, indices, values, dictionary):
-    is_numpy(op, **{"codes[0]": indices, "codes[1]": values, "dictionary": dictionary})
+    is_numpy(op, **{"codes[0]": indices, "codes[1]": values, "dictionary": dictionary}, cuda=True)
     check_dtype(op, "codes[0]", indices, INTEGERS)
     check_dtype(op, "codes[1]", values, FLOATS)
     if indices.ndim != 2 or indices.shape != values.shape:
@@ -121,4 +125,4 @@ def _may_read(tensor):
     """Whether its numbers are at hand: else the kernel is the one to check them."""
     from pentad._ops import direct
 
-    return direct(tensor) and not tensor.is_meta
+    return direct(tensor) and not tensor.is_meta and not tensor.is_cuda

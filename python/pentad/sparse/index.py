@@ -253,6 +253,11 @@ class SparseIndex(Index):
         """
         return self._rescore(queries, ids, "values")
 
+    def _on_device(self, device):
+        from pentad.sparse.device_index import DeviceSparseIndex
+
+        return DeviceSparseIndex(self, device)
+
     # --- Files ------------------------------------------------------------------------------------
 
     def to_sections(self):
