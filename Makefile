@@ -121,7 +121,7 @@ test-cuda-host: $(DEPENDENCIES)
 	OMP_WAIT_POLICY=passive $(CUDA_HOST)/bin/python -m pytest -n $(JOBS) --dist loadfile \
 	  --sample $(or $(SAMPLE),1) $(CUDA_HOST_TESTS)
 	OMP_WAIT_POLICY=passive $(CUDA_HOST)/bin/python -m pytest -n $(JOBS) \
-	  --sample $(or $(SAMPLE),40) $(CUDA_HOST_SAMPLED)
+	  --sample $$((40 * $(or $(SAMPLE),1))) $(CUDA_HOST_SAMPLED)
 
 # The tests that need a CUDA device, then some of them under each tool of compute-sanitizer. Where
 # there is no device they are skipped, and say so.
