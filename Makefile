@@ -100,7 +100,7 @@ test-aarch64: $(TOOLS)
 # C++ tests say of the kernels, these say of the way from Python to them. An environment of its own
 # sees the packages of the other one, but for its pentad. SAMPLE=10: one test in ten.
 CUDA_HOST := build/cuda-host
-CUDA_HOST_TESTS := tests/test_hamming.py tests/test_hamming_device_index.py \
+CUDA_HOST_TESTS := tests/test_attention_hopper.py tests/test_hamming.py tests/test_hamming_device_index.py \
   tests/test_attention_decode.py \
   tests/test_scan_recurrence.py tests/test_scan_matrix_errors.py \
   $(addprefix tests/test_sparse_,splade.py score.py topk.py multi.py device_index.py) \
@@ -126,7 +126,7 @@ test-cuda-host: $(DEPENDENCIES)
 # The tests that need a CUDA device, then some of them under each tool of compute-sanitizer. Where
 # there is no device they are skipped, and say so.
 test-gpu: install
-	$(BIN)/python -m pytest -rs tests/test_gpu_*.py
+	$(BIN)/python -m pytest -rs tests/test_gpu_*.py tests/test_attention_hopper.py
 	@if command -v compute-sanitizer >/dev/null && nvidia-smi -L >/dev/null 2>&1; then \
 	  for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -x \

@@ -3,6 +3,7 @@
 // own queries and walk over the keys for dq; blocks own keys and walk over the queries for dk and dv.
 // So each sum has one owner and one order, at 7 products a pair of tiles where a pass with atomics
 // for dq has 5.
+#include "attention/attention_hopper.h"
 #include "attention/attention_gradient.cuh"
 
 namespace pentad::attention::cuda {
@@ -206,6 +207,8 @@ int64_t scratch_bytes(int64_t rows) { return rows * 3 * 4; }
 
 void backward(const CudaStream& stream, const Problem& p, const Packed& packed, const Gradients& g,
               void* scratch) {
+  if (!packed.given() && hopper_wanted(stream.device) && hopper_takes(p, g))
+    return hopper_backward(stream, p, g, scratch);
   const RowFacts facts(scratch, rows_of(p, packed));
   row_facts(stream, p, packed, g, facts);
   const Backward in(p, packed, g, facts);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention by tiles with a running softmax (Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1).
+#include "attention/attention_hopper.h"
 #include "attention/attention_sums.cuh"
 #include "attention/attention_tile.cuh"
 
@@ -180,6 +181,8 @@ void run(const CudaStream& stream, const Forward& task, const Problem& p) {
 
 void forward(const CudaStream& stream, const Problem& p, const Packed& packed,
              const Outputs& outputs, void* scratch) {
+  if (!packed.given() && hopper_wanted(stream.device) && hopper_takes(p, outputs))
+    return hopper_forward(stream, p, outputs);
   const Sequences sequences(p, packed);
   const Forward task{Rules(p, packed.given()),
                      sequences,

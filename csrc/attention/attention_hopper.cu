@@ -14,6 +14,8 @@
 // Limit: products, 4 Sq Sk D a head (half of it where causal), and beside them one exponential for
 // 4 D of their operations: 16 a cycle and multiprocessor, against 4096 operations. Shared memory at
 // D 128: 160 KB, one block a multiprocessor; registers: 64 scores, 64 outputs and 32 weights a lane.
+#include <atomic>
+
 #include "attention/attention_hopper.cuh"
 #include "common/ceil_div.h"
 
@@ -241,9 +243,9 @@ void launch_forward(const CudaStream& stream, const Problem& p, const Task& task
          tile_map(Shape(p.v, p.batch, p.kv_heads, p.max_k, D), kKeys), task);
 }
 
-}  // namespace
+std::atomic<bool> wanted = false;
 
-bool hopper_takes(const Problem& p) {
+bool takes_inputs(const Problem& p) {
   const bool plain = p.q_begin.empty() && p.k_begin.empty() && p.k_length.empty() &&
                      p.cache_row.empty() && p.left_pad.empty() && p.block_table.empty() &&
                      p.softcap == 0 && !p.bias.data && !p.key_bias && !p.alibi && !p.sink &&
@@ -254,8 +256,13 @@ bool hopper_takes(const Problem& p) {
          can_tile(Shape(p.k, p.batch, p.kv_heads, p.max_k, p.dim)) &&
          can_tile(Shape(p.v, p.batch, p.kv_heads, p.max_k, p.dim));
 }
+}  // namespace
+
+bool hopper_wanted(int device) { return wanted && hopper::runs_on(device); }
+void want_hopper(bool now) { wanted = now; }
+
 bool hopper_takes(const Problem& p, const Outputs& to) {
-  return hopper_takes(p) && can_store(to.out) && !to.key_mass &&
+  return takes_inputs(p) && can_store(to.out) && !to.key_mass &&
          (!to.lse.data || to.lse.dtype == DType::f32);
 }
 

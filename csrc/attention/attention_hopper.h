@@ -7,6 +7,11 @@
 
 namespace pentad::attention::cuda {
 
+// Whether attention goes this way on this device, where it can: if the process asked for it, until a
+// device has run these kernels.
+bool hopper_wanted(int device);
+void want_hopper(bool wanted);
+
 // Dense bf16 or fp16 sequences with head dimensions 64 or 128, full, causal or in a window, any
 // grouping of heads; rows of 16 aligned bytes. No key mass, bias, cap, slopes, sink, dropout or mask.
 bool hopper_takes(const Problem& p, const Outputs& to);

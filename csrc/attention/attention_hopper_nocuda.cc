@@ -9,6 +9,8 @@ namespace {
 
 }  // namespace
 
+bool hopper_wanted(int) { return false; }
+void want_hopper(bool) {}
 bool hopper_takes(const Problem&, const Outputs&) { return false; }
 bool hopper_takes(const Problem&, const Gradients&) { return false; }
 void hopper_forward(const CudaStream&, const Problem&, const Outputs&) { missing(); }

@@ -138,6 +138,7 @@ void bind_attention(py::module_& m) {
   define<1>(m, "attention_plain", &py_plain, default_stream, release);
   define<2>(m, "attention_backward", &py_backward, no_scratch, default_stream, release);
   m.def("attention_scratch", &cuda::scratch_bytes);
+  m.def("attention_want_hopper", &cuda::want_hopper);
 }
 
 }  // namespace pentad

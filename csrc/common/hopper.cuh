@@ -22,6 +22,9 @@ namespace pentad::hopper {
 constexpr int kPanel = 64;  // columns
 constexpr size_t kTileAlignment = 1024;
 
+// Whether the device has all this; the CPU's executor does.
+bool runs_on(int device);
+
 // --- Barriers that count arrivals and bytes ---------------------------------------------------------
 
 // In shared memory. A phase ends when all arrivals and all expected bytes have come; phases are told

@@ -10,6 +10,8 @@
 
 namespace pentad::hopper {
 
+inline bool runs_on(int device) { return compute_capability(device) == 90; }
+
 __device__ inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

@@ -107,6 +107,9 @@ def attention_backward(
     dropout: float,
     seed: Array | None,
 ) -> None: ...
+def attention_want_hopper(wanted: bool) -> None:
+    """Use the kernels for sm_90a where they can: not before a device has verified them."""
+
 def attention_append(
     k_new: Array,
     v_new: Array,

@@ -10,6 +10,8 @@ namespace pentad::hopper {
 
 using cuda_host::Where;
 
+inline bool runs_on(int) { return true; }
+
 // --- Barriers ---------------------------------------------------------------------------------------
 
 // The 64 bits of a barrier.
