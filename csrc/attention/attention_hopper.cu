@@ -30,8 +30,7 @@ struct Task {
   float scale;  // log2(e) times the problem's
   void* out;
   int64_t out_stride[4];
-  float* lse;  // may be null
-  int64_t lse_stride[3];
+  Logs lse;  // its data may be null
 };
 
 template <int D>
@@ -163,10 +162,9 @@ struct Consumer {
       total += __shfl_xor_sync(kFullWarp, total, 2);
       by[half] = total == 0 ? 0.0f : 1 / total;
       const int64_t query = q_first + place.row + half * 8;
-      if (task.lse && place.t == 0 && query < task.window.sq)
-        task.lse[batch * task.lse_stride[0] + head * task.lse_stride[1] +
-                 query * task.lse_stride[2]] =
-            total == 0 ? -INFINITY : (most[half] + log2f(total)) * kLn2;
+      if (task.lse.data && place.t == 0 && query < task.window.sq)
+        task.lse.set(batch, head, query,
+                     total == 0 ? -INFINITY : (most[half] + log2f(total)) * kLn2);
     }
     auto* to =
         static_cast<uint16_t*>(task.out) + batch * task.out_stride[0] + head * task.out_stride[1];
@@ -262,16 +260,19 @@ bool hopper_wanted(int device) { return wanted && hopper::runs_on(device); }
 void want_hopper(bool now) { wanted = now; }
 
 bool hopper_takes(const Problem& p, const Outputs& to) {
-  return takes_inputs(p) && can_store(to.out) && !to.key_mass &&
-         (!to.lse.data || to.lse.dtype == DType::f32);
+  return takes_inputs(p) && can_store(to.out) && !to.key_mass && (!to.lse.data || is_logs(to.lse));
 }
 
 void hopper_forward(const CudaStream& stream, const Problem& p, const Outputs& to) {
-  Task task{Window(p), ceil_div(p.max_q, int64_t{kBlockRows}), p.heads,
-            p.group(), static_cast<float>(p.scale * kLog2e),   to.out.data,
-            {},        static_cast<float*>(to.lse.data),       {}};
+  Task task{Window(p),
+            ceil_div(p.max_q, int64_t{kBlockRows}),
+            p.heads,
+            p.group(),
+            static_cast<float>(p.scale * kLog2e),
+            to.out.data,
+            {},
+            Logs(to.lse)};
   for (int i = 0; i < 4; ++i) task.out_stride[i] = to.out.stride[i];
-  for (int i = 0; i < 3; ++i) task.lse_stride[i] = to.lse.stride[i];
   with_types(p, [&](auto bf16, auto dim) { launch_forward<bf16(), dim()>(stream, p, task); });
 }
 

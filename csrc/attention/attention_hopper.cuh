@@ -66,6 +66,28 @@ struct Seen {
         high(static_cast<int>(max(int64_t{-1}, min(high, int64_t{kBlockRows})))) {}
 };
 
+// float32 or float64 numbers, one for each row.
+struct Logs {
+  void* data;
+  bool wide;
+  int64_t stride[3];
+
+  explicit Logs(const Operand& x)
+      : data(x.data), wide(x.dtype == DType::f64), stride{x.stride[0], x.stride[1], x.stride[2]} {}
+  __device__ int64_t at(int64_t b, int64_t h, int64_t i) const {
+    return b * stride[0] + h * stride[1] + i * stride[2];
+  }
+  __device__ float get(int64_t b, int64_t h, int64_t i) const {
+    return wide ? static_cast<float>(static_cast<const double*>(data)[at(b, h, i)])
+                : static_cast<const float*>(data)[at(b, h, i)];
+  }
+  __device__ void set(int64_t b, int64_t h, int64_t i, float value) const {
+    if (wide) static_cast<double*>(data)[at(b, h, i)] = value;
+    else static_cast<float*>(data)[at(b, h, i)] = value;
+  }
+};
+inline bool is_logs(const Operand& x) { return x.dtype == DType::f32 || x.dtype == DType::f64; }
+
 // Which keys a query sees, by position.
 struct Window {
   int64_t sq, sk, offset, left, right;

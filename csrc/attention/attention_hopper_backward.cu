@@ -58,7 +58,7 @@ __device__ float real_at(const void* data, int64_t i) {
 // Limit: memory, 4 D bytes a row.
 template <bool bf16>
 __global__ void __launch_bounds__(128)
-    hopper_sums_kernel(Rows out, Rows d_out, Rows lse, Rows d_lse, int64_t count, int64_t heads,
+    hopper_sums_kernel(Rows out, Rows d_out, Logs lse, Logs d_lse, int64_t count, int64_t heads,
                        int64_t sq, int dim, Sums* sums) {
   const int64_t row = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   if (row >= count) return;
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
   for (int by = 16; by; by /= 2) delta += __shfl_xor_sync(kFullWarp, delta, by);
   if (lane_of_warp() != 0) return;
-  if (d_lse.data) delta -= static_cast<const float*>(d_lse.data)[d_lse.at(b, h, i)];
-  const float log = static_cast<const float*>(lse.data)[lse.at(b, h, i)];
+  if (d_lse.data) delta -= d_lse.get(b, h, i);
+  const float log = lse.get(b, h, i);
   sums[row] = {log == -INFINITY ? INFINITY : log * kLog2e, delta};
 }
 
@@ -300,8 +300,8 @@ void launch_backward(const CudaStream& stream, const Problem& p, const Gradients
                      Sums* sums) {
   const int64_t rows = p.batch * p.heads * p.max_q;
   launch(stream, "attention: sums", hopper_sums_kernel<bf16>,
-         Grid{blocks_of(ceil_div(rows, int64_t{4})), 128}, Rows(g.out), Rows(g.d_out), Rows(g.lse),
-         Rows(g.d_lse), rows, p.heads, p.max_q, D, sums);
+         Grid{blocks_of(ceil_div(rows, int64_t{4})), 128}, Rows(g.out), Rows(g.d_out), Logs(g.lse),
+         Logs(g.d_lse), rows, p.heads, p.max_q, D, sums);
   const Shape q(p.q, p.batch, p.heads, p.max_q, D), d_out(g.d_out, p.batch, p.heads, p.max_q, D);
   const Shape k(p.k, p.batch, p.kv_heads, p.max_k, D), v(p.v, p.batch, p.kv_heads, p.max_k, D);
   const auto results = [](const Operand& x, void*& data, int64_t (&stride)[3]) {
@@ -331,8 +331,8 @@ bool hopper_takes(const Problem& p, const Gradients& g) {
   Outputs forward;
   forward.out = g.dq;
   return hopper_takes(p, forward) && g.dq.data && g.dk.data && g.dv.data && can_store(g.dk) &&
-         can_store(g.dv) && g.lse.data && g.lse.dtype == DType::f32 && !g.d_key_mass &&
-         (!g.d_lse.data || g.d_lse.dtype == DType::f32) &&
+         can_store(g.dv) && g.lse.data && is_logs(g.lse) && !g.d_key_mass &&
+         (!g.d_lse.data || is_logs(g.d_lse)) &&
          can_tile(Shape(g.d_out, p.batch, p.heads, p.max_q, p.dim));
 }
 

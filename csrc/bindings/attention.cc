@@ -3,6 +3,7 @@
 // refused here, before anything is written.
 #include <utility>
 
+#include "attention/attention_hopper.h"
 #include "bindings/attention_arguments.h"
 
 namespace py = pybind11;
