@@ -104,7 +104,8 @@ CUDA_HOST_TESTS := tests/test_attention_hopper.py tests/test_hamming.py tests/te
   tests/test_attention_decode.py \
   tests/test_scan_recurrence.py tests/test_scan_matrix_errors.py \
   $(addprefix tests/test_sparse_,splade.py score.py topk.py multi.py device_index.py) \
-  $(addprefix tests/test_pq_,lookup.py adc.py assign.py codes.py quantize.py on_devices.py)
+  $(addprefix tests/test_pq_,lookup.py adc.py assign.py codes.py quantize.py on_devices.py product_keys.py \
+  product_key_memory.py)
 # Of these, thousands of combinations of options, one in forty.
 CUDA_HOST_SAMPLED := $(addprefix tests/test_attention,.py _api.py _block_mask.py _extension.py \
   _options.py _sdpa.py _strides.py) \

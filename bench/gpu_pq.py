@@ -105,6 +105,37 @@ def adc(nq, n, M):
     )  # fmt: skip
 
 
+def product_keys(rows, heads, n, half, dim, k):
+    """Against the same of torch: top-k of each half, then of their sums, then embedding_bag."""
+    q, subkeys, values = draw(rows, heads, 2 * half), draw(heads, 2, n, half), draw(n * n, dim)
+
+    def by_torch():
+        scores = torch.einsum("rhsd,hsnd->rhsn", q.view(rows, heads, 2, half), subkeys)
+        best, keys = scores.topk(k)
+        sums = (best[:, :, 0, :, None] + best[:, :, 1, None]).flatten(2)
+        top, places = sums.topk(k)
+        first = keys[:, :, 0].gather(2, places // k)
+        index = first * n + keys[:, :, 1].gather(2, places % k)
+        return torch.nn.functional.embedding_bag(
+            index.view(rows, -1), values, per_sample_weights=top.softmax(-1).view(rows, -1),
+            mode="sum",
+        )  # fmt: skip
+
+    want = by_torch()
+    return compare(
+        f"product keys, {rows} x {heads} queries, {n}^2 keys, top {k}, values of {dim}",
+        "sum_values",
+        {
+            "pentad": lambda: (
+                lambda: pq.product_key_lookup(q, subkeys, values, k),
+                close(want),
+            ),
+            "torch": lambda: (by_torch, close(want)),
+        },
+        amount=rows * heads * k * dim * 4, unit="B", ceiling=copy_bandwidth(),
+    )  # fmt: skip
+
+
 def cases():
     return [
         lookup(1_000_000, 8, 256, 16),
@@ -113,6 +144,7 @@ def cases():
         assign(100_000, 1, 8192, 64),
         adc(1, 10_000_000, 16),
         adc(64, 1_000_000, 16),
+        product_keys(4096, 4, 1024, 128, 512, 32),
     ]
 
 

@@ -149,6 +149,38 @@ def test_same_results_of_integers(rng):
     check_results(lambda c: pq.usage(c, 10_000), (ids,))
 
 
+# --- Product keys ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("combine", ["sum", "none"])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_same_results_of_product_keys(rng, dtype, combine, softmax):
+    for heads, n, half, dim, k in ((2, 20, 6, 33, 8), (1, 130, 16, 8, 32), (1, 30, 4, 2, 300)):
+        inputs = floats(rng, 50, heads, 2 * half), floats(rng, heads, 2, n, half)
+        inputs = (*inputs, floats(rng, n * n, dim))
+        inputs = tuple(x.to(getattr(torch, dtype)) for x in inputs)
+
+        def call(*arguments, k=k):
+            found = pq.product_key_lookup(
+                *arguments, k, combine=combine, softmax=softmax, return_indices=True
+            )
+            return tuple(found)
+
+        tolerance = SUMS if dtype == "float32" else {"rtol": 2e-2, "atol": 2e-2}
+        check_results(call, inputs, **tolerance)
+        check_gradients(call, inputs, **tolerance)
+
+
+def test_sparse_gradients(rng):
+    q, subkeys, values = on_gpu((floats(rng, 30, 1, 8), floats(rng, 1, 2, 12, 4),
+                                 floats(rng, 144, 5)))  # fmt: skip
+    dense, sparse = (values.clone().requires_grad_() for _ in range(2))
+    pq.product_key_lookup(q, subkeys, dense, 6).square().sum().backward()
+    pq.product_key_lookup(q, subkeys, sparse, 6, sparse_grad=True).square().sum().backward()
+    assert torch.equal(sparse.grad.to_dense(), dense.grad)
+
+
 # --- Devices --------------------------------------------------------------------------------------
 
 CALLS = {
@@ -157,6 +189,10 @@ CALLS = {
                                  floats(rng, 2, 30, 4))),
     "assign": (pq.assign, lambda rng: (floats(rng, 500, 8), floats(rng, 2, 30, 4))),
     "pack": (lambda c: pq.pack_codes(c, 5), lambda rng: (codes_below(rng, 500, 30, 30),)),
+    "product keys": (
+        lambda *a: pq.product_key_lookup(*a, 9),
+        lambda rng: (floats(rng, 40, 2, 8), floats(rng, 2, 2, 11, 4), floats(rng, 121, 5)),
+    ),
 }  # fmt: skip
 
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pentad import _C
-from pentad._arrays import dtype_name, empty_like, is_numpy
+from pentad._arrays import dtype_name, empty_like, is_numpy, on_device
 from pentad._checks import FLOATS, check_choice, check_count, check_dtype
 
 OP = "pq.product_key_lookup"
+MOST_ON_DEVICE = _C.pq_product_keys_cuda_max_k
 
 
 class ProductKeyResult(NamedTuple):
@@ -72,7 +73,7 @@ def product_key_lookup(
         Shared by the heads. Dtypes may differ; with one float64 all is computed in that, else in
         float32.
     k : int
-        1 to ``n_keys ** 2``.
+        1 to ``n_keys ** 2``; on a CUDA device at most 2048.
     scale : float
         Positive factor of the scores in the weights, the inverse of a temperature.
     softmax : bool
@@ -83,7 +84,8 @@ def product_key_lookup(
     sparse_grad : bool
         The gradient of `values` is a coalesced sparse COO tensor of the selected rows, as that of
         ``torch.nn.Embedding(sparse=True)``: for torch.optim.SparseAdam or SGD. Otherwise it is
-        dense. Not under torch.compile, which has no sparse gradients.
+        dense. Not under torch.compile, which has no sparse gradients. On a CUDA device its size
+        is waited for.
     return_indices : bool
         Return a `ProductKeyResult`.
 
@@ -112,7 +114,7 @@ def product_key_lookup(
     >>> result.weights
     tensor([[[0.6652, 0.2447, 0.0900]]])
     """
-    numpy = is_numpy(OP, q=q, subkeys=subkeys, values=values)
+    numpy = is_numpy(OP, cuda=True, q=q, subkeys=subkeys, values=values)
     k, scale = _check(q, subkeys, values, k, scale, combine)
     arrays = q, subkeys, values
     if "float64" in map(dtype_name, arrays):
@@ -196,7 +198,10 @@ def outputs(make, q, values, k, per_head):
 
 
 def lookup(q, subkeys, values, k, scale, softmax, per_head):
-    """For numpy arrays and CPU tensors alike; q (rows, heads, 2 * half)."""
+    """For numpy arrays and tensors alike; q (rows, heads, 2 * half)."""
     results = outputs(lambda *like: empty_like(q, *like), q, values, k, per_head)
-    _C.pq_product_keys(q, subkeys, values, k, scale, softmax, per_head, *results)
+    settings = k, scale, softmax, per_head
+    sizes = *q.shape[:2], subkeys.shape[2], k
+    device = on_device(q, _C.pq_product_keys_scratch, *sizes) if k <= MOST_ON_DEVICE else ()
+    _C.pq_product_keys(q, subkeys, values, *settings, *results, *device)
     return results

@@ -4,6 +4,7 @@
 import torch
 
 from pentad import _C
+from pentad._arrays import on_device, runs_cuda
 from pentad._ops import define, needs_grad, quick_apply, spread
 from pentad.pq import product_keys as kernels
 
@@ -29,36 +30,52 @@ def _backward(
     d_out, d_weights, q, subkeys, values, indices, weights, scale, softmax, per_head, wanted
 ):
     grads = [_empty(x, want) for x, want in zip((q, subkeys, values), wanted, strict=True)]
-    _run(
-        d_out, d_weights, q, subkeys, values, indices, weights, scale, softmax, per_head,
-        *(g if want else None for g, want in zip(grads, wanted, strict=True)), None,
-    )  # fmt: skip
+    written = (g if want else None for g, want in zip(grads, wanted, strict=True))
+    settings = scale, softmax, per_head
+    _run(d_out, d_weights, q, subkeys, values, indices, weights, settings, written)
     return tuple(grads)
 
 
 def _backward_sparse(
     d_out, d_weights, q, subkeys, values, indices, weights, scale, softmax, per_head, wanted
 ):
-    touched = torch.empty(_C.pq_count_distinct(indices, values.shape[0]), dtype=torch.int64)
+    places = None
+    if runs_cuda(q) and _on_kernels(q, indices):
+        touched, places = torch.unique(indices, return_inverse=True)
+    else:
+        touched = torch.empty(_C.pq_count_distinct(indices, values.shape[0]), dtype=torch.int64)
     rows = values.new_empty((touched.shape[0], values.shape[1]))
     grads = [_empty(x, want) for x, want in zip((q, subkeys), wanted, strict=True)]
-    _run(
-        d_out, d_weights, q, subkeys, values, indices, weights, scale, softmax, per_head,
-        *(g if want else None for g, want in zip(grads, wanted, strict=True)), rows, touched,
-    )  # fmt: skip
+    written = (*(g if want else None for g, want in zip(grads, wanted, strict=True)), rows)
+    settings = scale, softmax, per_head
+    _run(d_out, d_weights, q, subkeys, values, indices, weights, settings, written, touched, places)
     return *grads, rows, touched
 
 
-def _run(d_out, d_weights, q, subkeys, values, indices, weights, scale, softmax, per_head, *grads):
+def _on_kernels(q, indices):
+    """Whether the CUDA kernels take these."""
+    return q.dtype != torch.float64 and indices.shape[2] <= kernels.MOST_ON_DEVICE
+
+
+def _run(
+    d_out, d_weights, q, subkeys, values, indices, weights, settings, grads, touched=None,
+    places=None,
+):  # fmt: skip
     if d_out is not None:
+        groups = indices.shape[0] * (indices.shape[1] if settings[2] else 1)
         d_out = d_out.reshape(-1, values.shape[1]) if d_out.numel() else d_out.view(
-            indices.shape[0] * (indices.shape[1] if per_head else 1), values.shape[1]
+            groups, values.shape[1]
         )  # fmt: skip
     if d_weights is not None:
         d_weights = d_weights.contiguous()
+    device = ()
+    if _on_kernels(q, indices):
+        value_rows = values.shape[0] if touched is None else touched.shape[0]
+        sizes = (*q.shape[:2], *subkeys.shape[2:], indices.shape[2], values.shape[1], value_rows)
+        device = on_device(q, _C.pq_product_keys_backward_scratch, *sizes)
     _C.pq_product_keys_backward(
-        q, subkeys, values, scale, softmax, per_head, indices.contiguous(), weights.contiguous(),
-        d_out, d_weights, *grads,
+        q, subkeys, values, *settings, indices.contiguous(), weights.contiguous(),
+        d_out, d_weights, *grads, None if device else touched, places, *device,
     )  # fmt: skip
 
 
@@ -84,17 +101,20 @@ lookup_op = define(
     " bool per_head) -> (Tensor, Tensor, Tensor)",
     kernels.lookup,
     _fake,
+    cuda=True,
 )
 backward_op = define(
     f"pq_product_keys_backward({_BACKWARD}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    cuda=True,
 )
 backward_sparse_op = define(
     f"pq_product_keys_backward_sparse({_BACKWARD}, bool[2] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_sparse,
     _fake_backward_sparse,
+    cuda=True,
 )
 
 
