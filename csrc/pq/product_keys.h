@@ -42,14 +42,14 @@ struct ProductKeys {
   bool softmax;
   bool per_head;
 
-  int64_t rows() const { return q.shape[0]; }
-  int64_t heads() const { return q.shape[1]; }
-  int64_t half() const { return subkeys.shape[3]; }
-  int64_t keys() const { return subkeys.shape[2]; }
-  int64_t dv() const { return values.shape[1]; }
-  int64_t entries() const { return rows() * heads() * k; }
-  int64_t groups() const { return rows() * (per_head ? heads() : 1); }  // rows of out
-  int64_t per_group() const { return k * (per_head ? 1 : heads()); }    // entries of each
+  constexpr int64_t rows() const { return q.shape[0]; }
+  constexpr int64_t heads() const { return q.shape[1]; }
+  constexpr int64_t half() const { return subkeys.shape[3]; }
+  constexpr int64_t keys() const { return subkeys.shape[2]; }
+  constexpr int64_t dv() const { return values.shape[1]; }
+  constexpr int64_t entries() const { return rows() * heads() * k; }
+  constexpr int64_t groups() const { return rows() * (per_head ? heads() : 1); }  // rows of out
+  constexpr int64_t per_group() const { return k * (per_head ? 1 : heads()); }    // entries of each
   bool wide() const { return q.dtype == DType::f64; }
 };
 
