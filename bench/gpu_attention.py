@@ -70,6 +70,26 @@ def contender(function, given, upstream, want, causal, backward):
     return prepare
 
 
+def on_hopper(prepare):
+    """The contender by the kernels for sm_90a, which are asked for."""
+
+    def prepared():
+        from pentad import _C
+
+        call, right = prepare()
+
+        def asked():
+            _C.attention_want_hopper(True)
+            try:
+                return call()
+            finally:
+                _C.attention_want_hopper(False)
+
+        return asked, right
+
+    return prepared
+
+
 def case(length, dim, dtype, causal, backward):
     import torch
 
@@ -83,13 +103,16 @@ def case(length, dim, dtype, causal, backward):
         functions["torch cuDNN"] = sdpa("CUDNN_ATTENTION")
     products = 2 * BATCH_TOKENS * length * WIDTH / (2 if causal else 1)
     way = "backward" if backward else "forward"
+    contenders = {
+        name: contender(function, given, upstream, want, causal, backward)
+        for name, function in functions.items()
+    }
+    if dtype != "float32" and dim <= 128 and torch.cuda.get_device_capability() == (9, 0):
+        contenders["pentad, sm_90a"] = on_hopper(contenders["pentad"])
     return compare(
         f"{way}, {dtype}, {length} tokens, D {dim}{', causal' if causal else ''}",
         "gradient_kernel" if backward else "forward_kernel",
-        {
-            name: contender(function, given, upstream, want, causal, backward)
-            for name, function in functions.items()
-        },
+        contenders,
         amount=products * (5 if backward else 2),
         unit="FLOP",
         ceiling=matmul_rate(dtype),
