@@ -144,7 +144,7 @@ def call(entry, names, args, *more):
 def scratch(args):
     """What CUDA kernels take on top."""
     lse = args.get("lse")
-    rows = 0 if lse is None else math.prod(lse.shape)
+    rows = math.prod(getattr(lse, "shape", (0,)))  # None, or what is refused, has none
     return on_device(torch.empty(0), _C.attention_scratch, rows)
 
 

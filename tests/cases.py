@@ -2,6 +2,7 @@
 """What several test files need: codes of every kind, memory layouts, comparison, processes."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -142,3 +143,10 @@ CALLS = {
     "bundle zero": lambda i: H.bundle(i["db"][:4], DIM, ties="zero"),
     "permute": lambda i: H.permute(i["q"], DIM, 13),
 }
+
+
+def arguments_of(entry):
+    """The names of an extension's entry, but for those that only CUDA kernels take."""
+    signature = re.search(r"\((.*?)\) ->", entry.__doc__)[1]
+    names = [part.split(":")[0] for part in signature.split(", ") if ":" in part]
+    return [name for name in names if name not in ("scratch", "stream")]

@@ -11,7 +11,10 @@ cuda_on_host: bool
 hamming_cuda_max_k: int
 hamming_max_bytes: int
 matrix_chunk: int
+pq_product_keys_cuda_max_k: int
 scan_chunk: int
+sparse_device_most_hits: int
+sparse_device_window: int
 wavefront_band: int
 
 class DeviceError(RuntimeError):
@@ -66,6 +69,8 @@ def attention_forward(
     top_left: bool,
     dropout: float,
     seed: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def attention_plain(
     q: Array,
@@ -76,6 +81,7 @@ def attention_plain(
     left: int,
     right: int,
     top_left: bool,
+    stream: int = 0,
 ) -> None: ...
 def attention_backward(
     q: Array,
@@ -106,10 +112,42 @@ def attention_backward(
     top_left: bool,
     dropout: float,
     seed: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def attention_want_hopper(wanted: bool) -> None:
     """Use the kernels for sm_90a where they can: not before a device has verified them."""
 
+def attention_scratch(rows: int) -> int: ...
+def attention_decode(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    out: Array,
+    lse: Array,
+    bias: Array | None,
+    alibi: Array | None,
+    sink: Array | None,
+    lengths: Array,
+    cache_rows: Array | None,
+    left_pad: Array | None,
+    block_table: Array | None,
+    scale: float | None,
+    softcap: float,
+    left: int,
+    right: int,
+    scratch: Array | None = None,
+    stream: int = 0,
+) -> None: ...
+def attention_decode_scratch(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    capacity: int,
+    value_dim: int,
+    element_bytes: int,
+) -> int: ...
 def attention_append(
     k_new: Array,
     v_new: Array,
@@ -119,6 +157,7 @@ def attention_append(
     cache_rows: Array | None,
     left_pad: Array | None,
     block_table: Array | None,
+    stream: int = 0,
 ) -> None: ...
 def hamming_words(bytes: int) -> int: ...
 def hamming_pack(x: Array, threshold: float, out: Array, stream: int = 0) -> None: ...
@@ -502,8 +541,15 @@ def matrix_scan_backward(
     scratch: Array | None = None,
     stream: int = 0,
 ) -> None: ...
+def pq_assign_scratch(n: int, books: int, centroids: int, dim: int, top: int) -> int: ...
 def pq_assign(
-    x: Array, codebooks: Array, metric: str, codes: Array, distances: Array | None
+    x: Array,
+    codebooks: Array,
+    metric: str,
+    codes: Array,
+    distances: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def pq_kmeans_start(x: Array, seed: int, centroids: Array) -> None: ...
 def pq_kmeans_steps(
@@ -528,6 +574,10 @@ def matrix_update(
     out: Array,
     stream: int = 0,
 ) -> None: ...
+def pq_lookup_scratch(subspaces: int) -> int: ...
+def pq_lookup_backward_scratch(
+    codes: int, subspaces: int, rows: int, width: int, d_tables: bool
+) -> int: ...
 def pq_lookup(
     codes: Array,
     codebooks: list[Array] | tuple[Array, ...],
@@ -535,6 +585,8 @@ def pq_lookup(
     offsets: Array | None,
     combine: str,
     out: Array,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def pq_lookup_backward(
     d_out: Array,
@@ -545,14 +597,23 @@ def pq_lookup_backward(
     combine: str,
     d_tables: Array | None,
     d_weights: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
-def pq_score_tables(queries: Array, codebooks: Array, metric: str, tables: Array) -> None: ...
-def pq_table_sum(tables: Array, codes: Array, out: Array) -> None: ...
-def pq_table_sum_backward(d_out: Array, codes: Array, d_tables: Array) -> None: ...
-def pq_pack_codes(codes: Array, nbits: int, packed: Array) -> None: ...
-def pq_unpack_codes(packed: Array, nbits: int, out: Array) -> None: ...
-def pq_hash_codes(ids: Array, seeds: list[int], sizes: list[int], out: Array) -> None: ...
-def pq_digits(ids: Array, sizes: list[int], out: Array) -> None: ...
+def pq_score_tables(
+    queries: Array, codebooks: Array, metric: str, tables: Array, stream: int = 0
+) -> None: ...
+def pq_table_sum_backward_scratch(codes: int, subspaces: int, queries: int, levels: int) -> int: ...
+def pq_table_sum(tables: Array, codes: Array, out: Array, stream: int = 0) -> None: ...
+def pq_table_sum_backward(
+    d_out: Array, codes: Array, d_tables: Array, scratch: Array | None = None, stream: int = 0
+) -> None: ...
+def pq_pack_codes(codes: Array, nbits: int, packed: Array, stream: int = 0) -> None: ...
+def pq_unpack_codes(packed: Array, nbits: int, out: Array, stream: int = 0) -> None: ...
+def pq_hash_codes(
+    ids: Array, seeds: list[int], sizes: list[int], out: Array, stream: int = 0
+) -> None: ...
+def pq_digits(ids: Array, sizes: list[int], out: Array, stream: int = 0) -> None: ...
 
 class HammingRange:
     @property
@@ -615,6 +676,10 @@ class PqRange:
 
 pq_most_subkeys: int
 
+def pq_product_keys_scratch(rows: int, heads: int, keys: int, k: int) -> int: ...
+def pq_product_keys_backward_scratch(
+    rows: int, heads: int, keys: int, half: int, k: int, dv: int, value_rows: int
+) -> int: ...
 def pq_product_keys(
     q: Array,
     subkeys: Array,
@@ -626,6 +691,8 @@ def pq_product_keys(
     out: Array,
     indices: Array,
     weights: Array,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def pq_product_keys_backward(
     q: Array,
@@ -642,6 +709,9 @@ def pq_product_keys_backward(
     d_subkeys: Array | None,
     d_values: Array | None,
     touched: Array | None,
+    places: Array | None = None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def pq_count_distinct(indices: Array, limit: int) -> int: ...
 def sparse_check(
@@ -683,6 +753,10 @@ def sparse_score_backward(
     d_queries: Array | None,
     d_docs: Array | None,
 ) -> None: ...
+def sparse_splade_scratch(batch: int, length: int) -> int: ...
+def sparse_splade_backward_scratch(
+    batch: int, length: int, dim: int, vocabulary: int, element_bytes: int, sum_pooling: bool
+) -> int: ...
 def sparse_splade_head(
     hidden: Array,
     weight: Array,
@@ -693,6 +767,8 @@ def sparse_splade_head(
     out: Array,
     top: Array | None,
     place: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def sparse_splade_head_backward(
     d_out: Array,
@@ -707,12 +783,16 @@ def sparse_splade_head_backward(
     d_hidden: Array | None,
     d_weight: Array | None,
     d_bias: Array | None,
+    scratch: Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def sparse_splade_keep(x: Array, k: int) -> None: ...
 def sparse_splade_count(x: Array, indptr: Array) -> None: ...
 def sparse_splade_compress(x: Array, indptr: Array, indices: Array, values: Array) -> None: ...
-def sparse_topk(x: Array, k: int, absolute: bool, indices: Array, values: Array | None) -> None: ...
-def sparse_topk_sparsify(x: Array, k: int, absolute: bool, out: Array) -> None: ...
+def sparse_topk(
+    x: Array, k: int, absolute: bool, indices: Array, values: Array | None, stream: int = 0
+) -> None: ...
+def sparse_topk_sparsify(x: Array, k: int, absolute: bool, out: Array, stream: int = 0) -> None: ...
 
 sparse_window: int
 
@@ -729,23 +809,102 @@ def sparse_build(
 def sparse_defect(
     terms: Array, starts: Array, scales: Array, postings: Array, documents: int
 ) -> str | None: ...
-def sparse_search(
-    windows: list[tuple[Array, Array, Array, Array]],
-    indptr: Array,
-    terms: Array,
-    values: Array,
-    scale: Array | None,
-    query_indptr: Array,
-    query_terms: Array,
-    query_weights: Array,
-    mask: Array | None,
-    k: int,
-    query_cut: int,
-    block_factor: float,
-    alpha: float,
-    scores: Array,
-    positions: Array,
+def sparse_score_scratch(queries: int, columns: int) -> int: ...
+def sparse_score_cuda(
+    q_indptr: Array,
+    q_indices: Array,
+    q_values: Array,
+    d_indptr: Array,
+    d_indices: Array,
+    d_values: Array,
+    columns: int,
+    out: Array,
+    scratch: Array | None,
+    stream: int,
 ) -> None: ...
+def sparse_score_backward_scratch(
+    queries: int, docs: int, query_entries: int, doc_entries: int, columns: int
+) -> int: ...
+def sparse_score_backward_cuda(
+    d_out: Array,
+    q_indptr: Array,
+    q_indices: Array,
+    q_values: Array,
+    d_indptr: Array,
+    d_indices: Array,
+    d_values: Array,
+    columns: int,
+    d_queries: Array | None,
+    d_docs: Array | None,
+    scratch: Array | None,
+    stream: int,
+) -> None: ...
+def sparse_score_pairs_cuda(
+    q_indptr: Array,
+    q_indices: Array,
+    q_values: Array,
+    d_indptr: Array,
+    d_indices: Array,
+    d_values: Array,
+    query: Array,
+    doc: Array,
+    out: Array,
+    stream: int,
+) -> None: ...
+def sparse_score_pairs_backward_cuda(
+    d_out: Array,
+    indptr: Array,
+    indices: Array,
+    values: Array,
+    o_indptr: Array,
+    o_indices: Array,
+    o_values: Array,
+    starts: Array,
+    order: Array,
+    other: Array,
+    out: Array,
+    stream: int,
+) -> None: ...
+def sparse_search_scratch(queries: int, documents: int, k: int) -> int: ...
+def sparse_search_cuda(
+    windows: Array,
+    list_terms: Array,
+    starts: Array,
+    places: Array,
+    values: Array,
+    documents: int,
+    q_indptr: Array,
+    q_indices: Array,
+    q_values: Array,
+    mask: Array | None,
+    scores: Array,
+    ids: Array,
+    scratch: Array | None,
+    stream: int,
+) -> None: ...
+
+class SparseLists:
+    """The windows and rows of a `SparseIndex`, held for its searches."""
+
+    def __init__(
+        self, windows: list, indptr: object, terms: object, values: object, scale: object
+    ) -> None: ...
+    def search(
+        self,
+        op: str,
+        query_indptr: Array,
+        query_indices: Array,
+        query_weights: Array,
+        columns: int,
+        mask: Array | None,
+        k: int,
+        query_cut: int,
+        block_factor: float,
+        alpha: float,
+        scores: Array,
+        positions: Array,
+    ) -> None: ...
+
 def sparse_scores_at(
     indptr: Array,
     terms: Array,
